@@ -1,0 +1,37 @@
+# One command each; all but `clean` first set up .venv (scripts/setup.sh), which costs seconds when it is up to date.
+.PHONY: help setup demo test lint format bench clean
+
+help:
+	@echo "make demo    quantize a real sentence model, compare it with the dense one, convert its checkpoint"
+	@echo "make test    the whole test suite"
+	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
+	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make bench   the benchmarks"
+	@echo "make setup   only .venv and the build          PYTHON=... chooses the interpreter"
+	@echo "make clean   remove what was built (not .venv)"
+
+setup:
+	@scripts/setup.sh
+
+demo: setup
+	@.venv/bin/squish-nf4 demo --output demo-output
+
+test: setup
+	@.venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/clang-format --dry-run --Werror $$(git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.c')
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+	.venv/bin/clang-format -i $$(git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.c')
+
+bench: setup
+	.venv/bin/python benchmarks/run.py
+
+clean:
+	rm -rf build demo-output squish_nf4/*.so squish_nf4/_build_info.py

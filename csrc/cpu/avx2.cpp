@@ -1,0 +1,206 @@
+// The AVX2 path (AVX2, FMA, F16C): eight columns a step; what is left of a group goes through the plain codec.
+#if defined(__x86_64__)
+
+#include <cstring>
+
+#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/target_region.h"
+#include "csrc/nf4/codec.h"
+
+SQUISH_TARGET_REGION("avx2,fma,f16c")
+#include "csrc/cpu/group_loops.h"
+
+namespace squish::cpu {
+namespace {
+
+static_assert(nf4::kEvenColumnShift == 0 && nf4::kOddColumnShift == 4, "the shifts below assume this nibble order");
+
+// Eight weights as float32.
+inline __m256 load(const float* w) { return _mm256_loadu_ps(w); }
+inline __m256 load(const BFloat16* w) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline __m256 load(const Float16* w) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))); }
+inline __m256 load(const double* w) {
+  return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(w + 4)), _mm256_cvtpd_ps(_mm256_loadu_pd(w)));
+}
+
+// All ones where quotient > boundary; false for a NaN.
+inline __m256i above(__m256 quotient, __m256 boundary) {
+  return _mm256_castps_si256(_mm256_cmp_ps(quotient, boundary, _CMP_GT_OQ));
+}
+// 2 * prefix + 1 where the mask is set (all ones is -1).
+inline __m256i append_bit(__m256i prefix, __m256i mask) { return _mm256_sub_epi32(_mm256_add_epi32(prefix, prefix), mask); }
+
+// Counts the boundaries below each quotient by binary search: four comparisons, the boundary of each step looked up
+// by the bits found so far.
+inline __m256i nearest_levels(__m256 q) {
+  const auto& b = nf4::kBoundaries;
+  const __m256 third = _mm256_setr_ps(b[1], b[5], b[9], b[13], 0, 0, 0, 0);
+  const __m256 fourth = _mm256_setr_ps(b[0], b[2], b[4], b[6], b[8], b[10], b[12], b[14]);
+  const __m256i upper_half = above(q, _mm256_set1_ps(b[7]));
+  const __m256 second = _mm256_blendv_ps(_mm256_set1_ps(b[3]), _mm256_set1_ps(b[11]), _mm256_castsi256_ps(upper_half));
+  __m256i index = append_bit(_mm256_sub_epi32(_mm256_setzero_si256(), upper_half), above(q, second));
+  index = append_bit(index, above(q, _mm256_permutevar8x32_ps(third, index)));
+  return append_bit(index, above(q, _mm256_permutevar8x32_ps(fourth, index)));
+}
+
+// The sixteen levels times the scale, in two registers.
+struct Table {
+  __m256 low, high;
+};
+inline __m256 scaled(const float* levels, __m256 scale) {
+  const __m256 product = _mm256_mul_ps(_mm256_loadu_ps(levels), scale);
+  const __m256 is_nan = _mm256_cmp_ps(product, product, _CMP_UNORD_Q);
+  return _mm256_blendv_ps(product, _mm256_set1_ps(nf4::quiet_nan()), is_nan);
+}
+inline Table scaled_levels(float scale) {
+  const __m256 s = _mm256_set1_ps(scale);
+  return {scaled(nf4::kCodebook.level, s), scaled(nf4::kCodebook.level + 8, s)};
+}
+
+// Looks up the low four bits of each lane: vpermps reads three of them, the fourth chooses between the halves.
+inline __m256 look_up(const Table& table, __m256i index) {
+  const __m256 choose_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index), _mm256_permutevar8x32_ps(table.high, index),
+                          choose_high);
+}
+
+// Sixteen rounded values as two planes of bytes, for pshufb.
+struct BytePlanes {
+  __m128i low, high;
+};
+template <typename T>
+inline BytePlanes byte_planes(float scale) {
+  alignas(16) uint8_t low[16], high[16];
+  for (uint32_t k = 0; k < 16; ++k) {
+    const uint16_t bits = nf4::decode<T>(k, scale, nf4::kCodebook.level).bits;
+    low[k] = static_cast<uint8_t>(bits);
+    high[k] = static_cast<uint8_t>(bits >> 8);
+  }
+  return {_mm_load_si128(reinterpret_cast<const __m128i*>(low)), _mm_load_si128(reinterpret_cast<const __m128i*>(high))};
+}
+
+inline float sum_of_lanes(__m256 x) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+struct Avx2Path {
+  template <typename T>
+  static uint32_t absmax_bits(const T* w, int64_t count) {
+    const __m256i magnitude = _mm256_set1_epi32(static_cast<int>(nf4::kMagnitudeMask));
+    __m256i largest = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+      largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(load(w + i)), magnitude));
+    __m128i four = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(1, 0, 3, 2)));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(2, 3, 0, 1)));
+    return nf4::larger(static_cast<uint32_t>(_mm_cvtsi128_si32(four)), nf4::absmax_bits(w + i, count - i));
+  }
+
+  template <typename T>
+  static void encode_pairs(const T* w, int64_t count, float scale, uint8_t* packed) {
+    const __m256 divisor = _mm256_set1_ps(scale);
+    const __m256i first_bytes = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                                 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      const __m256i index = nearest_levels(_mm256_div_ps(load(w + i), divisor));
+      // In each 64-bit lane: the even column's index in bits 0-3, the odd one's in bits 32-35; bring it to bits 4-7.
+      const __m256i byte = _mm256_or_si256(index, _mm256_srli_epi64(index, 32 - nf4::kOddColumnShift));
+      const __m256i two_and_two = _mm256_shuffle_epi8(byte, first_bytes);
+      const __m128i four = _mm_unpacklo_epi16(_mm256_castsi256_si128(two_and_two),
+                                              _mm256_extracti128_si256(two_and_two, 1));
+      const int32_t bytes = _mm_cvtsi128_si32(four);
+      std::memcpy(packed + i / 2, &bytes, sizeof bytes);
+    }
+    const float* boundaries = nf4::kCodebook.boundary;
+    for (; i < count; i += 2)
+      packed[i / 2] = nf4::pack_indices(nf4::encode(nf4::to_float(w[i]), scale, boundaries),
+                                        nf4::encode(nf4::to_float(w[i + 1]), scale, boundaries));
+  }
+
+  template <typename T>
+  static void decode_tail(const uint8_t* packed, int64_t i, int64_t count, float scale, T* out) {
+    for (; i < count; i += 2) {
+      out[i] = nf4::decode<T>(nf4::even_index(packed[i / 2]), scale, nf4::kCodebook.level);
+      out[i + 1] = nf4::decode<T>(nf4::odd_index(packed[i / 2]), scale, nf4::kCodebook.level);
+    }
+  }
+
+  static void decode_pairs(const uint8_t* packed, int64_t count, float scale, float* out) {
+    const Table table = scaled_levels(scale);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      int32_t bytes;
+      std::memcpy(&bytes, packed + i / 2, sizeof bytes);
+      const __m256i pair = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes));
+      const __m256i index = _mm256_or_si256(pair, _mm256_slli_epi64(pair, 32 - nf4::kOddColumnShift));
+      _mm256_storeu_ps(out + i, look_up(table, index));
+    }
+    decode_tail(packed, i, count, scale, out);
+  }
+
+  template <typename T>
+  static void decode_pairs(const uint8_t* packed, int64_t count, float scale, T* out) {
+    if (count < 16) return decode_tail(packed, 0, count, scale, out);
+    const BytePlanes planes = byte_planes<T>(scale);
+    const __m128i nibble = _mm_set1_epi8(static_cast<char>(nf4::kNibbleMask));
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + i / 2));
+      const __m128i even = _mm_and_si128(bytes, nibble);
+      const __m128i odd = _mm_and_si128(_mm_srli_epi16(bytes, nf4::kOddColumnShift), nibble);
+      const __m128i index = _mm_unpacklo_epi8(even, odd);
+      const __m128i low = _mm_shuffle_epi8(planes.low, index), high = _mm_shuffle_epi8(planes.high, index);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_unpacklo_epi8(low, high));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i + 8), _mm_unpackhi_epi8(low, high));
+    }
+    decode_tail(packed, i, count, scale, out);
+  }
+
+  template <int M>
+  static void linear_row(const uint8_t* packed, const float* scales, int64_t columns, int64_t group_size,
+                         const float* x, float* y) {
+    const int64_t half = columns / 2, half_group = group_size / 2;
+    __m256 sum[M];
+    float tail[M] = {};
+    for (int i = 0; i < M; ++i) sum[i] = _mm256_setzero_ps();
+    for (int64_t start = 0, group = 0; start < half; start += half_group, ++group) {
+      const Table table = scaled_levels(scales[group]);
+      int64_t j = start;
+      for (; j + 8 <= start + half_group; j += 8) {
+        const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + j)));
+        const __m256 even = look_up(table, byte);
+        const __m256 odd = look_up(table, _mm256_srli_epi32(byte, nf4::kOddColumnShift));
+        for (int i = 0; i < M; ++i) {
+          const float* xi = x + i * columns + j;
+          sum[i] = _mm256_fmadd_ps(odd, _mm256_loadu_ps(xi + half),
+                                   _mm256_fmadd_ps(even, _mm256_loadu_ps(xi), sum[i]));
+        }
+      }
+      for (; j < start + half_group; ++j) {
+        const float even = nf4::decode<float>(nf4::even_index(packed[j]), scales[group], nf4::kCodebook.level);
+        const float odd = nf4::decode<float>(nf4::odd_index(packed[j]), scales[group], nf4::kCodebook.level);
+        for (int i = 0; i < M; ++i) {
+          const float* xi = x + i * columns + j;
+          tail[i] += even * xi[0] + odd * xi[half];
+        }
+      }
+    }
+    for (int i = 0; i < M; ++i) y[i] = sum_of_lanes(sum[i]) + tail[i];
+  }
+};
+
+}  // namespace
+
+constinit const Kernels kAvx2Kernels = kernels_of_path<Avx2Path>();
+
+}  // namespace squish::cpu
+SQUISH_END_TARGET_REGION
+
+#endif

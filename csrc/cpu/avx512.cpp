@@ -1,0 +1,145 @@
+// The AVX-512 path (F, BW, DQ, VL): sixteen columns a step, tails by mask.
+#if defined(__x86_64__)
+
+#include "csrc/cpu/bucket_index.h"
+#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/target_region.h"
+#include "csrc/nf4/codec.h"
+
+SQUISH_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "csrc/cpu/group_loops.h"
+
+namespace squish::cpu {
+namespace {
+
+static_assert(nf4::kEvenColumnShift == 0 && nf4::kOddColumnShift == 4, "the shifts below assume this nibble order");
+
+inline __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// Sixteen weights as float32; lanes outside the mask are zero and are not read.
+inline __m512 load(const float* w, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, w); }
+inline __m512 load(const BFloat16* w, __mmask16 lanes) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, w));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+inline __m512 load(const Float16* w, __mmask16 lanes) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, w));
+}
+inline __m512 load(const double* w, __mmask16 lanes) {
+  const __m256 low = _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), w));
+  const __m256 high = _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes >> 8), w + 8));
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+
+// See bucket_index.h. A NaN converts to the smallest integer, whose low five bits say bucket 0, and is above nothing.
+inline __m512i nearest_levels(__m512 quotient) {
+  const __m512 per_unit = _mm512_set1_ps(kBucketsPerUnit);
+  const __m512i bucket = _mm512_min_epi32(_mm512_cvttps_epi32(_mm512_fmadd_ps(quotient, per_unit, per_unit)),
+                                          _mm512_set1_epi32(kBucketCount - 1));
+  const __m512i first = _mm512_permutex2var_epi32(_mm512_load_si512(kFirstCandidate.data()), bucket,
+                                                  _mm512_load_si512(kFirstCandidate.data() + 16));
+  const __m512 boundary = _mm512_permutexvar_ps(first, _mm512_load_ps(kNextBoundary.data()));
+  const __mmask16 above = _mm512_cmp_ps_mask(quotient, boundary, _CMP_GT_OQ);
+  return _mm512_mask_add_epi32(first, above, first, _mm512_set1_epi32(1));
+}
+
+// The sixteen levels times the scale: what every column of the group decodes to.
+inline __m512 scaled_levels(float scale) {
+  const __m512 product = _mm512_mul_ps(_mm512_loadu_ps(nf4::kCodebook.level), _mm512_set1_ps(scale));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(product, product, _CMP_UNORD_Q);
+  return _mm512_mask_mov_ps(product, is_nan, _mm512_set1_ps(nf4::quiet_nan()));
+}
+
+inline __m256i round_to(BFloat16, __m512 x) {  // vcvtneps2bf16 would flush subnormals
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+inline __m256i round_to(Float16, __m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+
+struct Avx512Path {
+  template <typename T>
+  static uint32_t absmax_bits(const T* w, int64_t count) {
+    const __m512i magnitude = _mm512_set1_epi32(static_cast<int>(nf4::kMagnitudeMask));
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += 16) {
+      const __m512i bits = _mm512_castps_si512(load(w + i, first_lanes(count - i)));
+      largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude));
+    }
+    return _mm512_reduce_max_epu32(largest);
+  }
+
+  template <typename T>
+  static void encode_pairs(const T* w, int64_t count, float scale, uint8_t* packed) {
+    const __m512 divisor = _mm512_set1_ps(scale);
+    for (int64_t i = 0; i < count; i += 16) {
+      const __mmask16 lanes = first_lanes(count - i);
+      const __m512i index = nearest_levels(_mm512_div_ps(load(w + i, lanes), divisor));
+      // In each 64-bit lane: the even column's index in bits 0-3, the odd one's in bits 32-35; bring it to bits 4-7.
+      const __m512i byte = _mm512_or_si512(index, _mm512_srli_epi64(index, 32 - nf4::kOddColumnShift));
+      const auto bytes = static_cast<__mmask8>((1u << ((count - i < 16 ? count - i : 16) / 2)) - 1);
+      _mm512_mask_cvtepi64_storeu_epi8(packed + i / 2, bytes, byte);
+    }
+  }
+
+  // vpermps reads the low four bits of a lane, so the other nibble need not be masked away.
+  static void decode_pairs(const uint8_t* packed, int64_t count, float scale, float* out) {
+    const __m512 table = scaled_levels(scale);
+    for (int64_t i = 0; i < count; i += 16) {
+      const __mmask16 lanes = first_lanes(count - i);
+      const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(first_lanes((count - i) / 2) & 0xff), packed + i / 2);
+      const __m512i pair = _mm512_cvtepu8_epi64(bytes);
+      const __m512i index = _mm512_or_si512(pair, _mm512_slli_epi64(pair, 32 - nf4::kOddColumnShift));
+      _mm512_mask_storeu_ps(out + i, lanes, _mm512_permutexvar_ps(index, table));
+    }
+  }
+
+  // The sixteen values of the group are rounded, not the columns. vpermw reads five bits: both halves hold the table.
+  template <typename T>
+  static void decode_pairs(const uint8_t* packed, int64_t count, float scale, T* out) {
+    const __m512i table = _mm512_broadcast_i64x4(round_to(T{}, scaled_levels(scale)));
+    for (int64_t i = 0; i < count; i += 32) {
+      const int64_t left = count - i < 32 ? count - i : 32;
+      const auto lanes = static_cast<__mmask32>((uint64_t{1} << left) - 1);
+      const __m512i pair = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(left / 2), packed + i / 2));
+      const __m512i index = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 16 - nf4::kOddColumnShift));
+      _mm512_mask_storeu_epi16(out + i, lanes, _mm512_permutexvar_epi16(index, table));
+    }
+  }
+
+  template <int M>
+  static void linear_row(const uint8_t* packed, const float* scales, int64_t columns, int64_t group_size,
+                         const float* x, float* y) {
+    const int64_t half = columns / 2, half_group = group_size / 2;
+    __m512 even_sum[M], odd_sum[M];
+    for (int i = 0; i < M; ++i) even_sum[i] = odd_sum[i] = _mm512_setzero_ps();
+    for (int64_t start = 0, group = 0; start < half; start += half_group, ++group) {
+      const __m512 table = scaled_levels(scales[group]);
+      for (int64_t j = 0; j < half_group; j += 16) {
+        const __mmask16 lanes = first_lanes(half_group - j);
+        const int64_t at = start + j;
+        const __m512i byte = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, packed + at));
+        const __m512 even = _mm512_permutexvar_ps(byte, table);
+        const __m512 odd = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, nf4::kOddColumnShift), table);
+        for (int i = 0; i < M; ++i) {
+          const float* xi = x + i * columns + at;
+          even_sum[i] = _mm512_mask3_fmadd_ps(even, _mm512_maskz_loadu_ps(lanes, xi), even_sum[i], lanes);
+          odd_sum[i] = _mm512_mask3_fmadd_ps(odd, _mm512_maskz_loadu_ps(lanes, xi + half), odd_sum[i], lanes);
+        }
+      }
+    }
+    for (int i = 0; i < M; ++i) y[i] = _mm512_reduce_add_ps(_mm512_add_ps(even_sum[i], odd_sum[i]));
+  }
+};
+
+}  // namespace
+
+constinit const Kernels kAvx512Kernels = kernels_of_path<Avx512Path>();
+
+}  // namespace squish::cpu
+SQUISH_END_TARGET_REGION
+
+#endif

@@ -1,0 +1,64 @@
+// Chooses the CPU path once, by what the CPU has and what SQUISH_NF4_ISA allows.
+#include <array>
+#include <cstdlib>
+#include <string_view>
+
+#include "csrc/cpu/kernels.h"
+
+namespace squish::cpu {
+namespace {
+
+constexpr std::array<const char*, 4> kNames = {"scalar", "avx2", "avx512", "avx512_bf16"};
+
+// Every feature a path uses is asked for by name (the check covers the operating system's support of the registers).
+Isa best_of_this_cpu() {
+#if defined(__x86_64__)
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
+    return Isa::kScalar;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+    return Isa::kAvx2;
+  if (!(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+        __builtin_cpu_supports("avx512vbmi")))
+    return Isa::kAvx512;
+  return Isa::kAvx512Bf16;
+#else
+  return Isa::kScalar;
+#endif
+}
+
+const Kernels& kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  if (isa >= Isa::kAvx512) return kAvx512Kernels;
+  if (isa == Isa::kAvx2) return kAvx2Kernels;
+#endif
+  (void)isa;
+  return kScalarKernels;
+}
+
+Selection select() {
+  const Isa best = best_of_this_cpu();
+  const char* wanted = std::getenv("SQUISH_NF4_ISA");
+  if (wanted == nullptr || *wanted == '\0') return {&kernels_of(best), best, ""};
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    if (std::string_view(wanted) != kNames[i]) continue;
+    const auto isa = static_cast<Isa>(i);
+    if (isa <= best) return {&kernels_of(isa), isa, ""};
+    return {&kScalarKernels, Isa::kScalar,
+            std::string("SQUISH_NF4_ISA=") + wanted + " is not supported by this CPU; the best it has is " +
+                isa_name(best)};
+  }
+  return {&kScalarKernels, Isa::kScalar,
+          std::string("SQUISH_NF4_ISA must be scalar, avx2, avx512 or avx512_bf16, got '") + wanted + "'"};
+}
+
+}  // namespace
+
+const Selection& selection() {
+  static const Selection chosen = select();
+  return chosen;
+}
+
+const char* isa_name(Isa isa) { return kNames[static_cast<size_t>(isa)]; }
+
+}  // namespace squish::cpu

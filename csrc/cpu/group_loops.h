@@ -1,0 +1,87 @@
+// The walk over groups that all CPU paths share. A path is a type `Path` in an anonymous namespace with
+//   absmax_bits(const T* w, count)                        the largest magnitude, as bits
+//   encode_pairs(const T* w, count, scale, packed)        an even count of columns, from an even column on
+//   decode_pairs(packed, count, scale, T* out)            likewise
+// This header is included inside a path's target region: the loops are then compiled for that path, and being
+// templates over a local type, they stay in its object file.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/nf4/codec.h"
+
+namespace squish::cpu {
+
+// If group_size is odd, every second group starts at an odd column: its first column shares a byte with the last
+// column of the group before it. These two columns are taken one by one, the even stretch between them by the path.
+template <class Path, typename T>
+void encode_groups(const T* w, int64_t columns, int64_t group_size, uint8_t* packed, float* scales) {
+  const float* boundaries = nf4::kCodebook.boundary;
+  for (int64_t group = 0, column = 0; column < columns; ++group) {
+    const float scale = nf4::scale_of(Path::absmax_bits(w + column, group_size));
+    const int64_t end = column + group_size;
+    scales[group] = scale;
+    if (column % 2 != 0) {
+      packed[column / 2] |= nf4::pack_indices(0, nf4::encode(nf4::to_float(w[column]), scale, boundaries));
+      ++column;
+    }
+    const int64_t even_count = (end - column) & ~int64_t{1};
+    Path::encode_pairs(w + column, even_count, scale, packed + column / 2);
+    column += even_count;
+    if (column < end) {
+      packed[column / 2] = nf4::pack_indices(nf4::encode(nf4::to_float(w[column]), scale, boundaries), 0);
+      column = end;
+    }
+  }
+}
+
+template <class Path, typename T>
+void decode_groups(const uint8_t* packed, const float* scales, int64_t columns, int64_t group_size, T* out) {
+  const float* levels = nf4::kCodebook.level;
+  for (int64_t group = 0, column = 0; column < columns; ++group) {
+    const float scale = scales[group];
+    const int64_t end = column + group_size;
+    if (column % 2 != 0) {
+      out[column] = nf4::decode<T>(nf4::odd_index(packed[column / 2]), scale, levels);
+      ++column;
+    }
+    const int64_t even_count = (end - column) & ~int64_t{1};
+    Path::decode_pairs(packed + column / 2, even_count, scale, out + column);
+    column += even_count;
+    if (column < end) {
+      out[column] = nf4::decode<T>(nf4::even_index(packed[column / 2]), scale, levels);
+      column = end;
+    }
+  }
+}
+
+// Calls Path::linear_row<M>(packed, scales, columns, group_size, x, y) for each row, with M = m known to the compiler.
+template <class Path>
+void linear_rows(const uint8_t* packed, const float* scales, int64_t rows, int64_t columns, int64_t group_size,
+                 const float* x, int64_t m, float* y) {
+  const auto each_row = [&](auto row_kernel) {
+    for (int64_t r = 0; r < rows; ++r)
+      row_kernel(packed + r * (columns / 2), scales + r * (columns / group_size), columns, group_size, x, y + r * m);
+  };
+  switch (m) {
+    case 1: return each_row(&Path::template linear_row<1>);
+    case 2: return each_row(&Path::template linear_row<2>);
+    case 3: return each_row(&Path::template linear_row<3>);
+    case 4: return each_row(&Path::template linear_row<4>);
+    case 5: return each_row(&Path::template linear_row<5>);
+    case 6: return each_row(&Path::template linear_row<6>);
+    case 7: return each_row(&Path::template linear_row<7>);
+    default: return each_row(&Path::template linear_row<8>);
+  }
+}
+
+template <class Path>
+constexpr Kernels kernels_of_path() {
+  return {
+      &encode_groups<Path, float>,   &encode_groups<Path, double>,   &encode_groups<Path, BFloat16>,
+      &encode_groups<Path, Float16>, &decode_groups<Path, float>,    &decode_groups<Path, BFloat16>,
+      &decode_groups<Path, Float16>, &linear_rows<Path>,
+  };
+}
+
+}  // namespace squish::cpu

@@ -1,0 +1,70 @@
+// quantize_nf4 and dequantize_nf4 on the CPU.
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "csrc/ops/checks.h"
+#include "csrc/ops/cpu_rows.h"
+
+namespace squish::ops {
+namespace {
+
+template <typename T>
+void encode(cpu::Encode<T> kernel, const Tensor& w, int64_t group_size, const Tensor& packed, const Tensor& scales) {
+  const int64_t n = w.size(0), d = w.size(1), row_stride = w.stride(0);
+  const bool contiguous = w.is_contiguous();
+  const T* values = static_cast<const T*>(w.const_data_ptr());
+  uint8_t* bytes = packed.mutable_data_ptr<uint8_t>();
+  float* scale = scales.mutable_data_ptr<float>();
+  for_each_stretch(n, d, group_size, contiguous, [&](int64_t at, int64_t count) {
+    const T* from = contiguous ? values + at : values + (at / d) * row_stride + at % d;
+    kernel(from, count, group_size, bytes + at / 2, scale + at / group_size);
+  });
+}
+
+std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  check_weight(weight, group_size);
+  const cpu::Kernels& kernels = *selected().kernels;
+  // Rows may lie anywhere; only the columns of a row must be neighbours.
+  const Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
+  const int64_t n = w.size(0), d = w.size(1);
+  Tensor packed = at::empty({n, d / 2}, w.options().dtype(at::kByte));
+  Tensor scales = at::empty({n, d / group_size}, w.options().dtype(at::kFloat));
+  switch (w.scalar_type()) {
+    case at::kFloat: encode<float>(kernels.encode_float32, w, group_size, packed, scales); break;
+    case at::kDouble: encode<double>(kernels.encode_float64, w, group_size, packed, scales); break;
+    case at::kBFloat16: encode<nf4::BFloat16>(kernels.encode_bfloat16, w, group_size, packed, scales); break;
+    default: encode<nf4::Float16>(kernels.encode_float16, w, group_size, packed, scales); break;
+  }
+  return {std::move(packed), std::move(scales)};
+}
+
+Tensor dequantize_nf4(const Tensor& packed, const Tensor& scales, int64_t group_size,
+                      std::optional<at::ScalarType> dtype) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  check_dequantize(packed, scales, group_size, dtype);
+  const cpu::Kernels& kernels = *selected().kernels;
+  Tensor out = at::empty({packed.size(0), packed.size(1) * 2}, packed.options().dtype(dtype.value_or(at::kFloat)));
+  decode_rows(kernels, packed.contiguous(), scales.contiguous(), group_size, 0, out);
+  return out;
+}
+
+Tensor& dequantize_nf4_out(const Tensor& packed, const Tensor& scales, int64_t group_size, Tensor& out) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  check_dequantize_out(packed, scales, group_size, out);
+  at::assert_no_overlap(out, packed);
+  at::assert_no_overlap(out, scales);
+  decode_rows(*selected().kernels, packed.contiguous(), scales.contiguous(), group_size, 0, out);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(squish, CPU, m) {
+  m.impl("quantize_nf4", &quantize_nf4);
+  m.impl("dequantize_nf4", &dequantize_nf4);
+  m.impl("dequantize_nf4.out", &dequantize_nf4_out);
+}
+
+}  // namespace squish::ops

@@ -1,0 +1,31 @@
+// Who owns an autograd node: a shared_ptr until torch 2.12, an intrusive_ptr since 2.13.
+#pragma once
+
+#include <torch/csrc/autograd/function.h>
+#if __has_include(<torch/headeronly/version.h>)
+#include <torch/headeronly/version.h>
+#else
+#include <torch/version.h>
+#endif
+
+#include <memory>
+
+namespace squish::ops {
+
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+template <typename T>
+using NodePtr = c10::intrusive_ptr<T>;
+template <typename T>
+NodePtr<T> make_node() {
+  return c10::make_intrusive<T>();
+}
+#else
+template <typename T>
+using NodePtr = std::shared_ptr<T>;
+template <typename T>
+NodePtr<T> make_node() {
+  return {new T(), torch::autograd::deleteNode};
+}
+#endif
+
+}  // namespace squish::ops

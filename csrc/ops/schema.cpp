@@ -1,0 +1,11 @@
+// The operators' schemas. The only file that says m.def.
+#include <torch/library.h>
+
+TORCH_LIBRARY(squish, m) {
+  m.def("quantize_nf4(Tensor w, int group_size=32) -> (Tensor packed, Tensor scales)");
+  m.def("dequantize_nf4(Tensor packed, Tensor scales, int group_size=32, *, ScalarType? dtype=None) -> Tensor");
+  m.def("dequantize_nf4.out(Tensor packed, Tensor scales, int group_size=32, *, Tensor(a!) out) -> Tensor(a!)",
+        {at::Tag::out});
+  m.def("linear_nf4(Tensor x, Tensor packed, Tensor scales, Tensor? bias=None, int group_size=32) -> Tensor");
+  m.def("_linear_nf4_grad_x(Tensor dy, Tensor packed, Tensor scales, int group_size, SymInt d) -> Tensor");
+}

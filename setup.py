@@ -1,0 +1,225 @@
+"""Builds two shared libraries: the op library (no Python in it) and the pybind11 module that Python imports.
+
+Everything that can be missing (torch, a compiler, Python.h, a CUDA toolkit) is looked for first and named in one sentence.
+Environment: SQUISH_CUDA=0|1 (default: CUDA if a toolkit of torch's CUDA major is found), CUDA_HOME, CXX, MAX_JOBS,
+TORCH_CUDA_ARCH_LIST.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OP_LIBRARY = "libsquish_nf4"
+CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja of a venv
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+
+def stop(sentence: str) -> NoReturn:
+    sys.exit(f"squish_nf4: {sentence}")
+
+
+def require_platform() -> None:
+    if not sys.platform.startswith("linux"):
+        stop(f"building on {sys.platform} is not supported; squish_nf4 is built and tested on Linux (x86-64) only.")
+
+
+def require_torch() -> None:
+    if torch is None:
+        stop(
+            "torch is not installed in the environment that builds; it compiles against the torch you will run, so install "
+            "torch first and then type: pip install --no-build-isolation ."
+        )
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if not (2, 13) <= version < (2, 15):
+        stop(f"torch {torch.__version__} is installed; 2.13 or 2.14 is wanted.")
+
+
+def require_python_headers() -> None:
+    include = Path(os.environ.get("SQUISH_PYTHON_INCLUDE", sysconfig.get_path("include")))
+    if not (include / "Python.h").is_file():
+        stop(f"Python.h is not in {include}; install the Python headers (Debian: apt install python3-dev).")
+
+
+def require_cpp20_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <bit>\nint main() { return std::bit_cast<int>(0.0f); }\n")
+        try:
+            command = [*compiler.split(), "-std=c++20", "-fopenmp", "-c", str(source), "-o", str(source.with_suffix(".o"))]
+            probe = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            stop(f"the C++ compiler '{compiler}' was not found; install g++ 11 or newer (Debian: apt install g++) or set CXX.")
+    if probe.returncode != 0:
+        stop(f"the C++ compiler '{compiler}' does not compile C++20 with OpenMP; g++ 11 or newer is wanted (or set CXX).")
+
+
+def toolkit_version(root: Path) -> str | None:
+    """The release of the toolkit's nvcc ("13.0"), or None if there is none that runs."""
+    try:
+        text = subprocess.run([str(root / "bin/nvcc"), "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found.group(1) if found else None
+
+
+def toolkit_of_nvcc_on_path() -> Path | None:
+    """The toolkit's root as nvcc itself reports it: the nvcc on PATH may be a link or a wrapper that lives elsewhere."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    dryrun = subprocess.run([nvcc, "-v", "--dryrun", "probe.cu"], capture_output=True, text=True)
+    found = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE)
+    return Path(found.group(1).strip()).resolve() if found else None
+
+
+def find_cuda_toolkit() -> tuple[Path, str] | None:
+    """The toolkit to build with and its version, or None; prints the decision and its reason."""
+    wish = os.environ.get("SQUISH_CUDA", "")
+    if wish not in ("", "0", "1"):
+        stop(f"SQUISH_CUDA must be 0 or 1, got '{wish}'.")
+    if wish == "0":
+        print("squish_nf4: building for the CPU only (SQUISH_CUDA=0)")
+        return None
+    wanted = torch.version.cuda
+    reason = "this torch is a CPU build" if wanted is None else f"no CUDA {wanted.split('.')[0]} toolkit was found"
+    explicit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [Path(explicit)] if explicit else [toolkit_of_nvcc_on_path(), Path("/usr/local/cuda")]
+    for root in places if wanted else []:
+        version = toolkit_version(root) if root else None
+        if version and version.split(".")[0] == wanted.split(".")[0]:
+            print(f"squish_nf4: building for CPU and CUDA {version} (toolkit in {root}; torch has CUDA {wanted})")
+            return root, version
+        if version:
+            reason = f"the toolkit in {root} is CUDA {version}, torch has CUDA {wanted}"
+    if wish == "1":
+        stop(f"SQUISH_CUDA=1, but {reason}; install the CUDA toolkit that fits torch, or set CUDA_HOME.")
+    print(f"squish_nf4: building for the CPU only ({reason})")
+    return None
+
+
+def compiler_version() -> str:
+    out = subprocess.run([*os.environ.get("CXX", "c++").split(), "--version"], capture_output=True, text=True).stdout
+    return out.splitlines()[0] if out else "unknown"
+
+
+def sources(*folders: str) -> list[str]:
+    """Relative to the root, as setuptools wants them, in a fixed order."""
+    return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / "csrc" / folder).glob("*.c*"))
+
+
+def write_build_info(folder: Path, cuda: str | None) -> None:
+    """What the package checks before it loads a native file: see squish_nf4/_native.py."""
+    lines = [
+        '"""Written by setup.py: what the native libraries beside this file were built with."""',
+        "",
+        f"TORCH_VERSION = {str(torch.__version__)!r}",
+        f"TORCH_CUDA = {torch.version.cuda!r}",
+        f"CUDA_VERSION: str | None = {cuda!r}",
+        f"COMPILER = {compiler_version()!r}",
+    ]
+    (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
+
+
+def configure_op_library(extension: Extension, toolkit: tuple[Path, str] | None) -> None:
+    torch_root = Path(torch.__file__).parent
+    extension.include_dirs = [str(ROOT)]
+    extension.library_dirs = [str(torch_root / "lib")]
+    extension.libraries = ["c10", "torch", "torch_cpu"]
+    # OpenMP comes from the library that torch itself loads: a second runtime would bring a second pool of threads.
+    rpaths = ["$ORIGIN/../torch/lib"]
+    flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    headers = [f"-isystem{torch_root / path}" for path in ("include", "include/torch/csrc/api/include")]
+    extension.extra_compile_args = {"cxx": flags + headers}
+    if toolkit:
+        root, version = toolkit
+        extension.sources += sources("cuda") + ["csrc/ops/cuda.cpp"]
+        extension.include_dirs.append(str(root / "include"))
+        extension.library_dirs += [str(root / lib) for lib in ("lib64", "lib") if (root / lib).is_dir()]
+        extension.libraries += ["c10_cuda", "cudart"]
+        rpaths.append(f"$ORIGIN/../nvidia/cu{version.split('.')[0]}/lib")
+        # No fused multiply-add, no flush of subnormals, correctly rounded division: the bits are those of the CPU.
+        exact = ["-fmad=false", "-ftz=false", "-prec-div=true"]
+        extension.extra_compile_args["nvcc"] = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", *exact]
+    extension.extra_link_args = [f"-Wl,-rpath,{':'.join(rpaths)}"]
+
+
+def configure_python_module(extension: Extension, build_lib: str, cuda: str | None) -> None:
+    extension.include_dirs = [str(ROOT)]
+    extension.library_dirs = [str(Path(build_lib) / "squish_nf4")]
+    extension.libraries = [OP_LIBRARY.removeprefix("lib")]
+    headers = f"-isystem{Path(torch.__file__).parent / 'include'}"  # pybind11, and torch's version number
+    extension.extra_compile_args = {"cxx": ["-std=c++20", "-O2", "-fvisibility=hidden", headers]}
+    extension.extra_link_args = ["-Wl,-rpath,$ORIGIN"]
+    extension.define_macros = [("SQUISH_CUDA_VERSION", cuda)] if cuda else []
+
+
+def build_command() -> type[build_ext]:
+    """torch's BuildExtension (ninja, nvcc) with our checks before it; without torch, the checks alone."""
+    if torch is None:
+        base: type[build_ext] = build_ext
+    else:
+        from torch.utils.cpp_extension import BuildExtension as base  # noqa: N813
+
+    class BuildNative(base):  # type: ignore[misc,valid-type]
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.inplace or getattr(self, "editable_mode", False):
+                self.build_temp = str(ROOT / "build" / "objects")  # kept, so that the next build is incremental
+
+        def run(self) -> None:
+            require_platform()
+            require_torch()
+            require_cpp20_compiler()
+            require_python_headers()
+            toolkit = find_cuda_toolkit()
+            cuda = toolkit[1] if toolkit else None
+            if toolkit:
+                self.use_toolkit(toolkit[0])
+            op_library, python_module = self.extensions
+            configure_op_library(op_library, toolkit)
+            configure_python_module(python_module, self.build_lib, cuda)
+            super().run()
+            write_build_info(ROOT / "squish_nf4" if self.inplace else Path(self.build_lib) / "squish_nf4", cuda)
+
+        def use_toolkit(self, root: Path) -> None:
+            import torch.utils.cpp_extension as cpp_extension
+
+            cpp_extension.CUDA_HOME = str(root)  # it has guessed already, wrongly if nvcc on PATH is a wrapper
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+
+        def get_ext_filename(self, name: str) -> str:
+            if name.split(".")[-1] == OP_LIBRARY:  # asked for with and without the package's name
+                return f"{name.replace('.', '/')}.so"  # loaded by C++ programs too: no Python suffix
+            return str(super().get_ext_filename(name))
+
+    return BuildNative
+
+
+op_sources = [source for source in sources("cpu", "ops") if source != "csrc/ops/cuda.cpp"]
+setup(
+    ext_modules=[
+        Extension(f"squish_nf4.{OP_LIBRARY}", op_sources, language="c++"),
+        Extension("squish_nf4._C", sources("python"), language="c++"),
+    ],
+    cmdclass={"build_ext": build_command()},
+)

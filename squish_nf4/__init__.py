@@ -1,0 +1,61 @@
+"""NF4 for PyTorch: exact 4-bit quantization operators, a linear layer on packed bytes, a checkpoint converter.
+
+Importing the package loads the native library, which registers ``torch.ops.squish``. What needs more than torch (the
+converter, the command line, the demo) is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from squish_nf4 import _native
+from squish_nf4._native import library_path
+from squish_nf4._version import __version__
+
+_native.load()
+
+from squish_nf4.layout import pick_group_size  # noqa: E402  (the modules below call the operators)
+from squish_nf4.linear import NF4Linear  # noqa: E402
+from squish_nf4.model import QuantizeReport, dequantize_model, quantize_model  # noqa: E402
+from squish_nf4.ops import dequantize_nf4, linear_nf4, quantize_nf4  # noqa: E402
+from squish_nf4.packer import NF4Packer  # noqa: E402
+
+if TYPE_CHECKING:
+    from squish_nf4.convert import convert, quantize_tensor
+    from squish_nf4.npy_dir import load_npy_dir
+
+_LAZY = {
+    "convert": "squish_nf4.convert",
+    "quantize_tensor": "squish_nf4.convert",
+    "load_npy_dir": "squish_nf4.npy_dir",
+}
+
+__all__ = [
+    "NF4Linear",
+    "NF4Packer",
+    "QuantizeReport",
+    "__version__",
+    "convert",
+    "dequantize_model",
+    "dequantize_nf4",
+    "library_path",
+    "linear_nf4",
+    "load_npy_dir",
+    "pick_group_size",
+    "quantize_model",
+    "quantize_nf4",
+    "quantize_tensor",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'squish_nf4' has no attribute '{name}'")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value  # a function, even where a module of the same name was imported on the way
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

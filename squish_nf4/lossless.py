@@ -1,0 +1,59 @@
+"""Kept tensors: the smallest of float16, float32 and their own dtype that loses nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+
+TILE = 2**20  # elements looked at in one step: bounds what is held beside the tensor, and fits a cache
+
+# Floats that numpy has no type for. Every one of their values is a float32.
+WIDENED = {
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As reports and squish_nf4.json write it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """The tensor's values, contiguous; floats that numpy does not know become float32. TypeError: numpy has no such type."""
+    tensor = tensor.float() if tensor.dtype in WIDENED else tensor
+    return np.asarray(tensor.numpy(force=True), order="C")
+
+
+def smallest_lossless(values: Array) -> Array:
+    """values as float16 or float32 if that loses nothing, else as they are; integers, bool and complex as they are."""
+    if values.dtype.kind != "f":
+        return values
+    for dtype in (np.dtype(np.float16), np.dtype(np.float32)):
+        if dtype.itemsize < values.itemsize and survives(values, dtype):
+            with np.errstate(invalid="ignore"):  # a signaling NaN becomes a quiet one
+                return values.astype(dtype)
+    return values
+
+
+def survives(values: Array, dtype: np.dtype[np.generic]) -> bool:
+    """Whether every value comes back from dtype as it was. -0.0 is not 0.0; any NaN is NaN, whatever its payload.
+
+    Bits are compared, not values: where the process flushes subnormals to zero, a lost subnormal would equal 0.
+    """
+    bits = np.dtype(f"u{values.itemsize}")
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, TILE):
+        tile = flat[start : start + TILE]
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            back = tile.astype(dtype).astype(values.dtype)
+        if not np.all((back.view(bits) == tile.view(bits)) | (np.isnan(back) & np.isnan(tile))):
+            return False
+    return True

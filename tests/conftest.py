@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.helpers import ForcedIsa, require
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+
+
+def _best_isa() -> str:
+    from squish_nf4 import _C
+
+    return str(_C.cpu_isa())
+
+
+@pytest.fixture(params=ISAS, scope="session")
+def forced_isa(request: pytest.FixtureRequest) -> Iterator[ForcedIsa]:
+    """Each CPU path in turn, in a process of its own: ``forced_isa(function, *args)``."""
+    best = _best_isa()
+    require(request.param, ISAS.index(request.param) <= ISAS.index(best), f"this CPU's best path is {best}")
+    forced = ForcedIsa(request.param)
+    yield forced
+    forced.close()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that are the same on every run."""
+    return np.random.default_rng(20260801)

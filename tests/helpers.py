@@ -1,0 +1,39 @@
+"""What several tests share: skips that CI turns into failures, and CPU paths forced in a child process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+
+
+def require(what: str, available: bool, why: str) -> None:
+    """Skip the test unless ``available``; fail instead if SQUISH_REQUIRE (a comma-separated list) names ``what``."""
+    if available:
+        return
+    if what in os.environ.get("SQUISH_REQUIRE", "").split(","):
+        pytest.fail(f"SQUISH_REQUIRE names {what}, but {why}", pytrace=False)
+    pytest.skip(f"needs {what}: {why}")
+
+
+class ForcedIsa:
+    """A child process in which SQUISH_NF4_ISA caps the CPU path (it is read once per process)."""
+
+    def __init__(self, isa: str) -> None:
+        self.isa = isa
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_set_isa, initargs=(isa,))
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)`` in the child. The function is one of a module, the arguments numpy arrays or plain values."""
+        return self._pool.submit(function, *args).result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def _set_isa(isa: str) -> None:
+    os.environ["SQUISH_NF4_ISA"] = isa
