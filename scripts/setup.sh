@@ -4,43 +4,66 @@
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+compiler=${CXX:-c++}
 stamp=.venv/requirements.installed
 
 fail() { echo "squish_nf4: $1" >&2; exit 1; }
+if [ -t 1 ]; then quiet=; else quiet=--quiet; fi  # pip's progress bar is for people
+install() { .venv/bin/python -m pip install $quiet --disable-pip-version-check "$@"; }
 
+# What setup.py would miss too, but only after the downloads.
 command -v "$python" >/dev/null || fail "the interpreter '$python' was not found; install it (Debian: apt install python3 python3-venv python3-dev) or set PYTHON."
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "'$python' is $("$python" --version); Python 3.10 or newer is wanted."
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "'$python' is $("$python" --version 2>&1); Python 3.10 or newer is wanted (set PYTHON)."
 "$python" -c 'import venv, ensurepip' 2>/dev/null || fail "'$python' has no venv module; install it (Debian: apt install python3-venv)."
+"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(sysconfig.get_path("include") + "/Python.h"))' || fail "'$python' has no Python.h; install the Python headers (Debian: apt install python3-dev)."
+command -v "${compiler%% *}" >/dev/null || fail "the C++ compiler '$compiler' was not found; install g++ 11 or newer (Debian: apt install g++) or set CXX."
 
-own_torch=$("$python" -c 'import torch; print(torch.__version__)' 2>/dev/null || true)
-case "$own_torch" in 2.13.*|2.14.*) ;; *) own_torch= ;; esac
+# "2.14.1 /its/site-packages" of a torch that fits, or nothing. The import alone would cost seconds.
+fitting_torch() {
+  "$1" -c '
+import importlib.metadata
+torch = importlib.metadata.distribution("torch")
+if torch.version.split(".")[:2] in (["2", "13"], ["2", "14"]):
+    print(torch.version, torch.locate_file(""))' 2>/dev/null || true
+}
 
 if [ ! -x .venv/bin/python ]; then
+  own_torch=$(fitting_torch "$python")
   if [ -n "$own_torch" ]; then
-    echo "== making .venv over '$python', which has torch $own_torch"
-    "$python" -m venv --system-site-packages .venv
+    echo "== making .venv over '$python', which has torch ${own_torch%% *}"
+    "$python" -m venv .venv
+    # Not --system-site-packages: of an interpreter that is in a venv itself, that would see everything but its packages.
+    echo "import site; site.addsitedir('${own_torch#* }')" > "$(echo .venv/lib/python3.*/site-packages)/packages_of_PYTHON.pth"
   else
     echo "== making .venv with '$python'"
     "$python" -m venv .venv
   fi
 fi
 
-wanted=$(cat requirements.txt; "$python" --version)
+wanted=$(cat requirements.txt; .venv/bin/python --version)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
-  if .venv/bin/python -c 'import torch' 2>/dev/null; then
-    echo "== installing the pinned requirements beside torch $(.venv/bin/python -c 'import torch; print(torch.__version__)') (about 0.6 GB, a minute)"
-    grep -v '^torch==' requirements.txt > .venv/requirements.txt
-  else
-    echo "== installing torch and the pinned requirements (about 3 GB to fetch, 6 GB on disk, one to five minutes)"
-    cp requirements.txt .venv/requirements.txt
-  fi
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/requirements.txt
+  torch=$(fitting_torch .venv/bin/python)
+  case "$torch" in
+    "" | *" $PWD/.venv/"*)
+      echo "== installing torch and the pinned requirements (3 GB to fetch, 6 GB on disk; one to five minutes)"
+      cp requirements.txt .venv/requirements.txt ;;
+    *)
+      echo "== installing the pinned requirements beside torch ${torch%% *} (0.4 GB to fetch, 1 GB on disk; about a minute)"
+      grep -v '^torch==' requirements.txt > .venv/requirements.txt ;;
+  esac
+  install -r .venv/requirements.txt
   printf '%s\n' "$wanted" > "$stamp"
 fi
 
-echo "== building the extension (the first time about two minutes on two cores, later only what changed)"
-.venv/bin/python setup.py --quiet build_ext --inplace > .venv/build.log 2>&1 || { cat .venv/build.log >&2; fail "the build failed, see above."; }
+echo "== building the extension (the first time a minute, or two and a half with CUDA; later only what changed)"
+started=$(date +%s)
+{ .venv/bin/python setup.py build_ext --inplace || echo "squish_nf4: build failed"; } > .venv/build.log 2>&1
+if tail -n 1 .venv/build.log | grep -q '^squish_nf4: build failed$'; then
+  cat .venv/build.log >&2
+  fail "the build failed; see above."
+fi
 grep '^squish_nf4:' .venv/build.log || true
+echo "== built in $(($(date +%s) - started)) s"
 if ! .venv/bin/python -m pip show --quiet squish_nf4 >/dev/null 2>&1; then
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+  install --quiet --no-build-isolation --no-deps --editable .
 fi

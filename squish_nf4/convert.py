@@ -22,9 +22,9 @@ from squish_nf4.encode import (
     Encoded,
     check_options,
     encode,
-    pick_group_size,
     quantize_tensor,
 )
+from squish_nf4.layout import pick_group_size
 from squish_nf4.lossless import dtype_name
 from squish_nf4.names import alike, holds_apart, keys_of, listed, matching
 from squish_nf4.npy_file import StoredFile
@@ -72,7 +72,7 @@ def convert(
         FileNotFoundError: src or a shard of it is missing.
         FileExistsError: dst is not empty.
         ValueError: a damaged source, a weight that is not finite, a name that cannot be a file name or collides with
-            another. If something had been written by then, the text says what is left.
+            another. Once writing has begun, the text says what is left (also of an OSError or a KeyboardInterrupt).
     """
     started = time.perf_counter()
     check_options(group_size, outlier_threshold, passthrough)
@@ -82,8 +82,8 @@ def convert(
     source = open_source(src)
     keys = keys_of(entry.name for entry in source.entries)
 
+    npy_dir.create(dst)
     with saying_what_is_left(dst):
-        npy_dir.create(dst)
         notes = source.notes + note_alike(dst, keys) + note_unused(passthrough, keys)
         tensors: list[TensorReport] = []
         records: dict[str, Any] = {}
@@ -107,14 +107,17 @@ def refuse_inside(src: Path, dst: Path) -> None:
 
 @contextmanager
 def saying_what_is_left(dst: Path) -> Iterator[None]:
-    """An error that stops the writing says, beside its cause, what it leaves behind."""
+    """What stops the writing says, beside its cause, what it leaves behind."""
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted. {npy_dir.describe_unfinished(dst)}") from error
     except OSError as error:
-        left = npy_dir.describe_unfinished(dst)
-        raise OSError(error.errno, f"{error.strerror or error}. {left}", error.filename) from error
+        text = f"{error.strerror or error}. {npy_dir.describe_unfinished(dst)}"
+        raise OSError(error.errno, text, error.filename) from error
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{error}. {npy_dir.describe_unfinished(dst)}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError  # not a subclass: some take other arguments
+        raise kind(f"{error}. {npy_dir.describe_unfinished(dst)}") from error
 
 
 def with_progress(source: Source, progress: Callable[[Progress], None] | None) -> Iterator[tuple[Entry, Any]]:
@@ -134,12 +137,12 @@ def note_alike(dst: Path, keys: Mapping[str, str]) -> list[str]:
     for names in groups:
         if not holds_apart(dst / npy_dir.TENSORS, [keys[name] for name in names]):
             raise ValueError(
-                f"the names of tensors {listed(names)} differ only by case or Unicode form, and {dst} is on a file system "
-                "that would keep one file for them; convert on one that tells them apart, or rename them"
+                f"the names of tensors {listed(names)} differ only by case or Unicode form, and {dst} is on a file "
+                "system that would keep one file for them; convert on one that tells them apart, or rename them"
             )
     return [
-        f"names that differ only by case or Unicode form: {listed(names)}; a copy of the directory to a file system that "
-        "ignores the difference (the usual on macOS and Windows) would lose a tensor"
+        f"names that differ only by case or Unicode form: {listed(names)}; a copy of the directory to a file system "
+        "that ignores the difference (the usual on macOS and Windows) would lose a tensor"
         for names in groups
     ]
 

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from squish_nf4.layout import pick_group_size
 from squish_nf4.lossless import TILE, WIDENED, Array, dtype_name, smallest_lossless, to_numpy
 from squish_nf4.names import matching, shorten
 from squish_nf4.ops import dequantize_nf4, quantize_nf4
 
 Kind = Literal["nf4", "kept"]
 
-GROUP_SIZES = (32, 16, 8, 4)
 DEFAULT_OUTLIER_THRESHOLD = 20.0
+QUANTIZED = {torch.float64, torch.float32, torch.float16} | WIDENED - {torch.float8_e8m0fnu}  # that one holds scales
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,7 @@ class Encoded:
     def bits_per_weight(self) -> float:
         """Of the stored values, without file headers; 0 if there are none."""
         stored = sum(array.nbytes for suffix, array in self.arrays.items() if suffix != "__shape")
-        return 8 * stored / max(1, math.prod(self.arrays["__shape"].tolist()))
-
-
-def pick_group_size(n_cols: int, max_group_size: int = 32) -> int:
-    """The first of 32, 16, 8, 4 up to max_group_size that divides n_cols into at least two groups, else n_cols itself."""
-    if n_cols < 1:
-        raise ValueError(f"pick_group_size: n_cols must be at least 1, got {n_cols}")
-    for group_size in GROUP_SIZES:
-        if group_size <= max_group_size and n_cols % group_size == 0 and n_cols >= 2 * group_size:
-            return group_size
-    return n_cols
+        return 8 * stored / max(1, int(self.arrays["__shape"].prod()))
 
 
 def quantize_tensor(
@@ -116,8 +107,8 @@ def reason_to_keep(name: str, tensor: Tensor, passthrough: Sequence[str]) -> str
         return f"on passthrough ({found[0]})"
     if not tensor.is_floating_point():
         return f"{dtype} is not a floating-point type"
-    if tensor.dtype == torch.float8_e8m0fnu:
-        return f"{dtype} holds scales, not weights"
+    if tensor.dtype not in QUANTIZED:
+        return f"{dtype} is not a type of weights"
     if tensor.dim() < 2:
         return f"{tensor.dim()}-D"
     if tensor.numel() == 0:
@@ -153,8 +144,8 @@ def refuse_non_finite(name: str, first_row: int, tile: Tensor) -> None:
     if len(places):
         row, column = (int(i) for i in places[0])
         raise ValueError(
-            f"tensor {shorten(name)}: the weight in row {first_row + row}, column {column} is {float(tile[row, column])}; "
-            "NF4 needs finite weights (a name on passthrough is kept as it is)"
+            f"tensor {shorten(name)}: row {first_row + row}, column {column} is {float(tile[row, column])}; "
+            "NF4 encodes finite weights only (a tensor on passthrough is kept as it is)"
         )
 
 

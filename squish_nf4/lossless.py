@@ -26,8 +26,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """The inverse of dtype_name. ValueError: torch has no such dtype."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype")
+    return dtype
+
+
 def to_numpy(tensor: Tensor) -> Array:
-    """The tensor's values, contiguous; floats that numpy does not know become float32. TypeError: numpy has no such type."""
+    """The tensor's values, contiguous; floats numpy lacks become float32. TypeError: numpy cannot hold the dtype."""
     tensor = tensor.float() if tensor.dtype in WIDENED else tensor
     return np.asarray(tensor.numpy(force=True), order="C")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 
@@ -26,7 +26,7 @@ def key_of(name: str) -> str:
     length = len((key + LONGEST_SUFFIX).encode())
     if length > LONGEST_FILE_NAME:
         raise ValueError(
-            f"tensor {shorten(name)}: a file name of {length} bytes would be needed; file systems allow {LONGEST_FILE_NAME}"
+            f"tensor {shorten(name)}: a file name would take {length} bytes; file systems allow {LONGEST_FILE_NAME}"
         )
     return key
 
@@ -57,15 +57,16 @@ def keys_of(names: Iterable[str]) -> dict[str, str]:
         key = key_of(name)
         if key in owner:
             raise ValueError(
-                f"tensors {shorten(owner[key])} and {shorten(name)} would both be stored as {shorten(key)}; rename one of them"
+                f"tensors {shorten(owner[key])} and {shorten(name)} would both be stored as {shorten(key)}; "
+                "rename one of them"
             )
         owner[key] = name
         keys[name] = key
     return keys
 
 
-def alike(keys: dict[str, str]) -> list[list[str]]:
-    """Groups of names whose keys differ only by case or Unicode form: one file on macOS and Windows, several on Linux."""
+def alike(keys: Mapping[str, str]) -> list[list[str]]:
+    """Groups of names whose keys differ only by case or Unicode form: one file on macOS or Windows, two on Linux."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name, key in keys.items():
         groups[unicodedata.normalize("NFC", unicodedata.normalize("NFC", key).casefold())].append(name)
@@ -73,7 +74,7 @@ def alike(keys: dict[str, str]) -> list[list[str]]:
 
 
 def holds_apart(folder: Path, keys: Sequence[str]) -> bool:
-    """Whether the file system keeps files of these names apart. Tried out: case rules may differ from folder to folder."""
+    """Whether the file system keeps files of these names apart; tried out, for folders may differ in that."""
     probes = [folder / f"{key}.probe" for key in keys]
     made: list[Path] = []
     try:

@@ -1,4 +1,4 @@
-"""The squish directory on disk: what its files are called, writing one tensor, reading it back. See docs/checkpoints.md.
+"""The squish directory on disk: what its files are called, writing one tensor, reading all. See docs/checkpoints.md.
 
 What becomes of a tensor's values is decided elsewhere (encode.py).
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from squish_nf4.lossless import Array
+from squish_nf4.lossless import Array, dtype_named
 from squish_nf4.names import check_key, shorten
 from squish_nf4.npy_file import StoredFile, write_npy
 from squish_nf4.stored_tensor import read_tensor
@@ -51,21 +51,18 @@ def finish(path: Path, manifest: Mapping[str, str], stats: Mapping[str, Any], si
     for name, table in ((MANIFEST, manifest), (STATS, stats), (SIDECAR, sidecar)):
         with (path / name).open("x", encoding="ascii") as file:
             json.dump(table, file, indent=2, ensure_ascii=True, allow_nan=False)
-            file.write("\n")
             file.flush()
             os.fsync(file.fileno())
     (path / TENSORS / READY).open("x").close()
 
 
 def describe_unfinished(path: Path) -> str:
-    """What a conversion that stopped has left, and what to do about it; empty if nothing is left or all is finished."""
-    if not path.is_dir() or (path / TENSORS / READY).exists():
-        return ""
+    """What a conversion that stopped has left, and what to do about it."""
     files = [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 2**20
     return (
-        f"{path} is left unfinished ({len(files)} files, {size:.1f} MiB, no {TENSORS}/{READY}), and no reader will take it "
-        "for a checkpoint; remove it before converting again"
+        f"{path} is left unfinished ({len(files)} files, {size:.1f} MiB, no {TENSORS}/{READY}): "
+        "no reader takes it for a checkpoint; remove it before converting again"
     )
 
 
@@ -92,17 +89,14 @@ def iter_npy_dir(
 ) -> Iterator[tuple[str, Tensor]]:
     """load_npy_dir, one (name, tensor) at a time, in the order of the manifest."""
     path = Path(path)
-    if dtype is not None and dtype != "source" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    wanted = torch.float32 if dtype is None else dtype
+    if wanted != "source" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise TypeError(f'load_npy_dir: dtype must be a floating-point dtype, "source" or None, got {dtype!r}')
     require_finished(path)
-    sources = read_source_dtypes(path) if dtype == "source" else None
-    for name, key in read_manifest(path).items():
-        wanted = sources.get(name) if sources is not None else dtype or torch.float32
-        if wanted is None:
-            raise ValueError(
-                f"{path / SIDECAR} does not say which dtype {shorten(name)} had; give load_npy_dir a dtype"
-            )
-        yield name, read_tensor(path / TENSORS, name, key, wanted)
+    manifest = read_manifest(path)
+    dtypes = read_source_dtypes(path, manifest) if wanted == "source" else dict.fromkeys(manifest, wanted)
+    for name, key in manifest.items():
+        yield name, read_tensor(path / TENSORS, name, key, dtypes[name])
 
 
 def require_finished(path: Path) -> None:
@@ -128,16 +122,19 @@ def read_manifest(path: Path) -> dict[str, str]:
     return manifest
 
 
-def read_source_dtypes(path: Path) -> dict[str, torch.dtype]:
+def read_source_dtypes(path: Path, names: Iterable[str]) -> dict[str, torch.dtype]:
     """{name: the dtype before conversion}, from our own sidecar."""
-    if not (path / SIDECAR).exists():
+    file = path / SIDECAR
+    if not file.exists():
         raise ValueError(f'{path} has no {SIDECAR}, so dtype="source" is unknown; another program wrote it')
-    try:
-        named = {name: record["source_dtype"] for name, record in read_table(path / SIDECAR)["tensors"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / SIDECAR} does not record the tensors' dtypes: {error!r}") from error
-    dtypes = {name: getattr(torch, dtype, None) for name, dtype in named.items() if isinstance(dtype, str)}
-    return {name: dtype for name, dtype in dtypes.items() if isinstance(dtype, torch.dtype)}
+    records: Any = read_table(file).get("tensors")
+    dtypes: dict[str, torch.dtype] = {}
+    for name in names:
+        try:
+            dtypes[name] = dtype_named(records[name]["source_dtype"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} does not say which dtype {shorten(name)} had: {error!r}") from error
+    return dtypes
 
 
 def read_table(file: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def find_npy(folder: Path, stem: str) -> Path | None:
 
 
 def read_npy(path: Path) -> Array:
-    """Reads a .npy or .npy.zst file in the machine's byte order. ValueError, naming the file: damaged, or not of numbers."""
+    """The array in a .npy or .npy.zst file, in native byte order. ValueError names a file that is damaged."""
     try:
         if path.suffix == ".zst":
             array = read_zst(path)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
+from squish_nf4.lossless import dtype_named
 from squish_nf4.names import listed
 
 
@@ -104,5 +104,4 @@ def notes_on(tensors: Sequence[TensorReport]) -> list[str]:
 
 
 def grew(tensor: TensorReport) -> bool:
-    source: torch.dtype = getattr(torch, tensor.source_dtype)
-    return tensor.kind == "kept" and np.dtype(tensor.stored_dtype).itemsize > source.itemsize
+    return tensor.kind == "kept" and np.dtype(tensor.stored_dtype).itemsize > dtype_named(tensor.source_dtype).itemsize

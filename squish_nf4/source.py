@@ -99,7 +99,7 @@ def open_source(path: Path) -> Source:
 
     Raises:
         FileNotFoundError: path, or a shard that the index names, is not there.
-        ValueError: nothing to convert, a damaged shard, index and shards that disagree, or a dtype that cannot be stored.
+        ValueError: nothing to convert, a damaged shard, an index that is wrong, or a dtype that cannot be stored.
     """
     if path.is_dir():
         index = find_index(path)
@@ -145,11 +145,11 @@ def read_index(index: Path) -> dict[Path, set[str]]:
         names_of: dict[str, set[str]] = {}
         for name, shard in weight_map.items():
             names_of.setdefault(shard, set()).add(name)
-        outside = [shard for shard in names_of if Path(shard).name != shard]
+        strange = [shard for shard in names_of if Path(shard).name != shard or Path(shard).suffix != ".safetensors"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
-    if outside:
-        raise ValueError(f"{index} names a shard outside its directory: {shorten(outside[0])}")
+    if strange:
+        raise ValueError(f"{index} names {shorten(strange[0])}, which is no .safetensors file of its directory")
     missing = sorted(shard for shard in names_of if not (index.parent / shard).exists())
     if missing:
         raise FileNotFoundError(f"{index} names {missing[0]}, which is not in {index.parent} ({len(missing)} missing)")
@@ -202,7 +202,7 @@ def opened(shard: Path) -> Iterator[Any]:
 
 
 def collect_small_files(directory: Path, converted: set[Path | None], source: Source) -> None:
-    """Config, tokenizer and the like, folders included. Hidden files are a tool's, and stay; the rest is copied or noted."""
+    """Config, tokenizer and the like, folders too. Hidden files are a tool's, and stay; others are copied or noted."""
 
     def fail(error: OSError) -> None:
         raise error

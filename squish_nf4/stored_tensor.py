@@ -21,7 +21,7 @@ def read_tensor(folder: Path, name: str, key: str, dtype: torch.dtype) -> Tensor
     """The tensor stored under key, in its original shape; dtype is for floating-point values only.
 
     Raises:
-        ValueError: its files are missing, damaged, at odds with each other, or of a form that this library does not read.
+        ValueError: its files are missing, damaged, at odds with each other, or of a form not read here.
     """
     try:
         values = read_values(folder, key, dtype)
@@ -75,6 +75,7 @@ def to_tensor(values: Array, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def read_shape(path: Path, numel: int) -> list[int]:
     shape = read_npy(path)
-    if shape.ndim != 1 or shape.dtype.kind not in "iu" or (shape < 0).any() or math.prod(shape.tolist()) != numel:
+    sizes = [int(size) for size in shape.tolist()] if shape.ndim == 1 and shape.dtype.kind in "iu" else [-1]
+    if min(sizes, default=0) < 0 or math.prod(sizes) != numel:
         raise ValueError(f"{path} is not the shape of {numel} values")
-    return [int(size) for size in shape]
+    return sizes

@@ -1,6 +1,7 @@
 // The AVX2 path (AVX2, FMA, F16C): eight columns a step; what is left of a group goes through the plain codec.
 #if defined(__x86_64__)
 
+#include <algorithm>
 #include <cstring>
 
 #include "csrc/cpu/kernels.h"
@@ -31,7 +32,9 @@ inline __m256i above(__m256 quotient, __m256 boundary) {
   return _mm256_castps_si256(_mm256_cmp_ps(quotient, boundary, _CMP_GT_OQ));
 }
 // 2 * prefix + 1 where the mask is set (all ones is -1).
-inline __m256i append_bit(__m256i prefix, __m256i mask) { return _mm256_sub_epi32(_mm256_add_epi32(prefix, prefix), mask); }
+inline __m256i append_bit(__m256i prefix, __m256i mask) {
+  return _mm256_sub_epi32(_mm256_add_epi32(prefix, prefix), mask);
+}
 
 // Counts the boundaries below each quotient by binary search: four comparisons, the boundary of each step looked up
 // by the bits found so far.
@@ -79,7 +82,8 @@ inline BytePlanes byte_planes(float scale) {
     low[k] = static_cast<uint8_t>(bits);
     high[k] = static_cast<uint8_t>(bits >> 8);
   }
-  return {_mm_load_si128(reinterpret_cast<const __m128i*>(low)), _mm_load_si128(reinterpret_cast<const __m128i*>(high))};
+  return {_mm_load_si128(reinterpret_cast<const __m128i*>(low)),
+          _mm_load_si128(reinterpret_cast<const __m128i*>(high))};
 }
 
 inline float sum_of_lanes(__m256 x) {
@@ -113,8 +117,8 @@ struct Avx2Path {
       // In each 64-bit lane: the even column's index in bits 0-3, the odd one's in bits 32-35; bring it to bits 4-7.
       const __m256i byte = _mm256_or_si256(index, _mm256_srli_epi64(index, 32 - nf4::kOddColumnShift));
       const __m256i two_and_two = _mm256_shuffle_epi8(byte, first_bytes);
-      const __m128i four = _mm_unpacklo_epi16(_mm256_castsi256_si128(two_and_two),
-                                              _mm256_extracti128_si256(two_and_two, 1));
+      const __m128i four =
+          _mm_unpacklo_epi16(_mm256_castsi256_si128(two_and_two), _mm256_extracti128_si256(two_and_two, 1));
       const int32_t bytes = _mm_cvtsi128_si32(four);
       std::memcpy(packed + i / 2, &bytes, sizeof bytes);
     }
@@ -164,13 +168,13 @@ struct Avx2Path {
   }
 
   template <int M>
-  static void linear_row(const uint8_t* packed, const float* scales, int64_t columns, int64_t group_size,
-                         const float* x, float* y) {
-    const int64_t half = columns / 2, half_group = group_size / 2;
+  static void linear_row(const uint8_t* packed, const float* scales, int64_t count, int64_t group_size, const float* x,
+                         float* result) {
+    const int64_t half_group = group_size / 2, to_odd = count / 2;
     __m256 sum[M];
     float tail[M] = {};
     for (int i = 0; i < M; ++i) sum[i] = _mm256_setzero_ps();
-    for (int64_t start = 0, group = 0; start < half; start += half_group, ++group) {
+    for (int64_t start = 0, group = 0; start < count / 2; start += half_group, ++group) {
       const Table table = scaled_levels(scales[group]);
       int64_t j = start;
       for (; j + 8 <= start + half_group; j += 8) {
@@ -178,21 +182,21 @@ struct Avx2Path {
         const __m256 even = look_up(table, byte);
         const __m256 odd = look_up(table, _mm256_srli_epi32(byte, nf4::kOddColumnShift));
         for (int i = 0; i < M; ++i) {
-          const float* xi = x + i * columns + j;
-          sum[i] = _mm256_fmadd_ps(odd, _mm256_loadu_ps(xi + half),
-                                   _mm256_fmadd_ps(even, _mm256_loadu_ps(xi), sum[i]));
+          const float* xi = x + i * count + j;
+          sum[i] =
+              _mm256_fmadd_ps(odd, _mm256_loadu_ps(xi + to_odd), _mm256_fmadd_ps(even, _mm256_loadu_ps(xi), sum[i]));
         }
       }
       for (; j < start + half_group; ++j) {
         const float even = nf4::decode<float>(nf4::even_index(packed[j]), scales[group], nf4::kCodebook.level);
         const float odd = nf4::decode<float>(nf4::odd_index(packed[j]), scales[group], nf4::kCodebook.level);
         for (int i = 0; i < M; ++i) {
-          const float* xi = x + i * columns + j;
-          tail[i] += even * xi[0] + odd * xi[half];
+          const float* xi = x + i * count + j;
+          tail[i] += even * xi[0] + odd * xi[to_odd];
         }
       }
     }
-    for (int i = 0; i < M; ++i) y[i] = sum_of_lanes(sum[i]) + tail[i];
+    for (int i = 0; i < M; ++i) result[i] = sum_of_lanes(sum[i]) + tail[i];
   }
 };
 

@@ -1,6 +1,8 @@
 // The AVX-512 path (F, BW, DQ, VL): sixteen columns a step, tails by mask.
 #if defined(__x86_64__)
 
+#include <algorithm>
+
 #include "csrc/cpu/bucket_index.h"
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/target_region.h"
@@ -24,9 +26,7 @@ inline __m512 load(const BFloat16* w, __mmask16 lanes) {
   const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, w));
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
-inline __m512 load(const Float16* w, __mmask16 lanes) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, w));
-}
+inline __m512 load(const Float16* w, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, w)); }
 inline __m512 load(const double* w, __mmask16 lanes) {
   const __m256 low = _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), w));
   const __m256 high = _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes >> 8), w + 8));
@@ -90,7 +90,8 @@ struct Avx512Path {
     const __m512 table = scaled_levels(scale);
     for (int64_t i = 0; i < count; i += 16) {
       const __mmask16 lanes = first_lanes(count - i);
-      const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(first_lanes((count - i) / 2) & 0xff), packed + i / 2);
+      const __m128i bytes =
+          _mm_maskz_loadu_epi8(static_cast<__mmask16>(first_lanes((count - i) / 2) & 0xff), packed + i / 2);
       const __m512i pair = _mm512_cvtepu8_epi64(bytes);
       const __m512i index = _mm512_or_si512(pair, _mm512_slli_epi64(pair, 32 - nf4::kOddColumnShift));
       _mm512_mask_storeu_ps(out + i, lanes, _mm512_permutexvar_ps(index, table));
@@ -111,27 +112,48 @@ struct Avx512Path {
   }
 
   template <int M>
-  static void linear_row(const uint8_t* packed, const float* scales, int64_t columns, int64_t group_size,
-                         const float* x, float* y) {
-    const int64_t half = columns / 2, half_group = group_size / 2;
+  static void linear_row(const uint8_t* packed, const float* scales, int64_t count, int64_t group_size, const float* x,
+                         float* result) {
+    const auto row = group_size % 32 == 0 ? &linear_row_of<M, true> : &linear_row_of<M, false>;
+    row(packed, scales, count, group_size, x, result);
+  }
+
+ private:
+  // Two chains of additions per activation, for even and for odd columns. 16 bytes, 32 columns, a step: if every group
+  // is a whole number of steps (kWhole), the sums never leave their registers; otherwise the last step is masked.
+  template <int M, bool kWhole>
+  static void linear_row_of(const uint8_t* packed, const float* scales, int64_t count, int64_t group_size,
+                            const float* x, float* result) {
+    const int64_t half_group = group_size / 2, to_odd = count / 2;
     __m512 even_sum[M], odd_sum[M];
     for (int i = 0; i < M; ++i) even_sum[i] = odd_sum[i] = _mm512_setzero_ps();
-    for (int64_t start = 0, group = 0; start < half; start += half_group, ++group) {
-      const __m512 table = scaled_levels(scales[group]);
-      for (int64_t j = 0; j < half_group; j += 16) {
-        const __mmask16 lanes = first_lanes(half_group - j);
-        const int64_t at = start + j;
-        const __m512i byte = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, packed + at));
+    for (int64_t start = 0; start < count / 2; start += half_group) {
+      const __m512 table = scaled_levels(*scales++);
+      for (int64_t j = start; j < start + half_group; j += 16) {
+        const __mmask16 lanes = kWhole ? __mmask16{0xffff} : first_lanes(start + half_group - j);
+        const __m512i byte = _mm512_cvtepu8_epi32(load_bytes<kWhole>(lanes, packed + j));
         const __m512 even = _mm512_permutexvar_ps(byte, table);
         const __m512 odd = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, nf4::kOddColumnShift), table);
         for (int i = 0; i < M; ++i) {
-          const float* xi = x + i * columns + at;
-          even_sum[i] = _mm512_mask3_fmadd_ps(even, _mm512_maskz_loadu_ps(lanes, xi), even_sum[i], lanes);
-          odd_sum[i] = _mm512_mask3_fmadd_ps(odd, _mm512_maskz_loadu_ps(lanes, xi + half), odd_sum[i], lanes);
+          const float* xi = x + i * count + j;
+          even_sum[i] = add_product<kWhole>(lanes, even, xi, even_sum[i]);
+          odd_sum[i] = add_product<kWhole>(lanes, odd, xi + to_odd, odd_sum[i]);
         }
       }
     }
-    for (int i = 0; i < M; ++i) y[i] = _mm512_reduce_add_ps(_mm512_add_ps(even_sum[i], odd_sum[i]));
+    for (int i = 0; i < M; ++i) result[i] = _mm512_reduce_add_ps(_mm512_add_ps(even_sum[i], odd_sum[i]));
+  }
+
+  template <bool kWhole>
+  static __m128i load_bytes(__mmask16 lanes, const uint8_t* packed) {
+    if constexpr (kWhole) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+    return _mm_maskz_loadu_epi8(lanes, packed);
+  }
+
+  template <bool kWhole>
+  static __m512 add_product(__mmask16 lanes, __m512 weights, const float* x, __m512 sum) {
+    if constexpr (kWhole) return _mm512_fmadd_ps(weights, _mm512_loadu_ps(x), sum);
+    return _mm512_mask3_fmadd_ps(weights, _mm512_maskz_loadu_ps(lanes, x), sum, lanes);
   }
 };
 

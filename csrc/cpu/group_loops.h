@@ -6,11 +6,15 @@
 // templates over a local type, they stay in its object file.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
+#include "csrc/cpu/kernels.h"
 #include "csrc/nf4/codec.h"
 
 namespace squish::cpu {
+
+using LinearRowsOf = void (*)(const uint8_t*, const float*, int64_t, int64_t, int64_t, const float*, float*);
 
 // If group_size is odd, every second group starts at an odd column: its first column shares a byte with the last
 // column of the group before it. These two columns are taken one by one, the even stretch between them by the path.
@@ -55,31 +59,39 @@ void decode_groups(const uint8_t* packed, const float* scales, int64_t columns, 
   }
 }
 
-// Calls Path::linear_row<M>(packed, scales, columns, group_size, x, y) for each row, with M = m known to the compiler.
+// Calls Path::linear_row<M>(packed, scales, count, group_size, x, sums) for each block of `count` columns of each row:
+// activation i has the block's even columns at x + i * count, then the odd ones. It sets the M sums.
+template <class Path, int M>
+void linear_rows_of(const uint8_t* packed, const float* scales, int64_t rows, int64_t columns, int64_t group_size,
+                    const float* x, float* y) {
+  const int64_t block = activation_block(M, columns, group_size);
+  for (int64_t start = 0; start < columns; start += block) {
+    const int64_t count = std::min(block, columns - start);
+    for (int64_t r = 0; r < rows; ++r) {
+      float sums[M];
+      Path::template linear_row<M>(packed + (r * columns + start) / 2, scales + (r * columns + start) / group_size,
+                                   count, group_size, x + M * start, sums);
+      for (int i = 0; i < M; ++i) y[r * M + i] = start == 0 ? sums[i] : y[r * M + i] + sums[i];
+    }
+  }
+}
+
+// The number of activations becomes a constant, so that their sums live in registers.
 template <class Path>
 void linear_rows(const uint8_t* packed, const float* scales, int64_t rows, int64_t columns, int64_t group_size,
                  const float* x, int64_t m, float* y) {
-  const auto each_row = [&](auto row_kernel) {
-    for (int64_t r = 0; r < rows; ++r)
-      row_kernel(packed + r * (columns / 2), scales + r * (columns / group_size), columns, group_size, x, y + r * m);
+  constexpr LinearRowsOf kOf[kLinearBatch] = {
+      &linear_rows_of<Path, 1>, &linear_rows_of<Path, 2>, &linear_rows_of<Path, 3>, &linear_rows_of<Path, 4>,
+      &linear_rows_of<Path, 5>, &linear_rows_of<Path, 6>, &linear_rows_of<Path, 7>, &linear_rows_of<Path, 8>,
   };
-  switch (m) {
-    case 1: return each_row(&Path::template linear_row<1>);
-    case 2: return each_row(&Path::template linear_row<2>);
-    case 3: return each_row(&Path::template linear_row<3>);
-    case 4: return each_row(&Path::template linear_row<4>);
-    case 5: return each_row(&Path::template linear_row<5>);
-    case 6: return each_row(&Path::template linear_row<6>);
-    case 7: return each_row(&Path::template linear_row<7>);
-    default: return each_row(&Path::template linear_row<8>);
-  }
+  kOf[m - 1](packed, scales, rows, columns, group_size, x, y);
 }
 
 template <class Path>
 constexpr Kernels kernels_of_path() {
   return {
-      &encode_groups<Path, float>,   &encode_groups<Path, double>,   &encode_groups<Path, BFloat16>,
-      &encode_groups<Path, Float16>, &decode_groups<Path, float>,    &decode_groups<Path, BFloat16>,
+      &encode_groups<Path, float>,   &encode_groups<Path, double>, &encode_groups<Path, BFloat16>,
+      &encode_groups<Path, Float16>, &decode_groups<Path, float>,  &decode_groups<Path, BFloat16>,
       &decode_groups<Path, Float16>, &linear_rows<Path>,
   };
 }

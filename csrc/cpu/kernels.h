@@ -2,6 +2,7 @@
 // Raw pointers in, bytes out: a kernel does not allocate, throw, print, lock, start threads, or know torch.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -25,12 +26,20 @@ using Decode = void (*)(const uint8_t* packed, const float* scales, int64_t colu
 
 // Multiplies `rows` contiguous packed rows with m activations, in float32, without storing a decoded weight:
 //   y[r * m + i] = sum over columns of decoded(r, column) * x[i](column)
-//   x: m activations of `columns` floats each, split: the columns/2 even columns first, then the odd ones.
+//   x: m * columns floats, laid out by split_columns (csrc/cpu/activations.h).
 // Promised by the caller: group_size even and a divisor of columns, 1 <= m <= kLinearBatch.
-// The order of summation depends on the path, columns and group_size, and on nothing else.
+// The order of summation depends on the path, m, columns and group_size, and on nothing else.
 using LinearRows = void (*)(const uint8_t* packed, const float* scales, int64_t rows, int64_t columns,
                             int64_t group_size, const float* x, int64_t m, float* y);
 inline constexpr int64_t kLinearBatch = 8;
+
+// The activations are cut into blocks of columns, so that those of one block stay in the first-level cache while all
+// rows pass; a block is whole groups. One block lies in one piece: m streams that are a row apart would meet in the
+// same few sets of the cache wherever a row is a multiple of a page.
+constexpr int64_t activation_block(int64_t m, int64_t columns, int64_t group_size) {
+  constexpr int64_t kFloats = 8192;
+  return std::min(columns, std::max<int64_t>(1, kFloats / m / group_size) * group_size);
+}
 
 struct Kernels {
   Encode<float> encode_float32;

@@ -12,9 +12,9 @@
   SQUISH_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define SQUISH_END_TARGET_REGION _Pragma("clang attribute pop")
 #else  // GCC 12 warns about the undefined registers inside its own intrinsics
-#define SQUISH_TARGET_REGION(features)                                                                      \
-  _Pragma("GCC push_options") SQUISH_PRAGMA(GCC target(features)) _Pragma("GCC diagnostic push")            \
-      _Pragma("GCC diagnostic ignored \"-Wuninitialized\"")                                                 \
+#define SQUISH_TARGET_REGION(features)                                                           \
+  _Pragma("GCC push_options") SQUISH_PRAGMA(GCC target(features)) _Pragma("GCC diagnostic push") \
+      _Pragma("GCC diagnostic ignored \"-Wuninitialized\"")                                      \
           _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
 #define SQUISH_END_TARGET_REGION _Pragma("GCC diagnostic pop") _Pragma("GCC pop_options")
 #endif

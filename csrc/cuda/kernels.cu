@@ -24,10 +24,9 @@ __device__ inline void stage_levels(SharedCodebook& shared) {
 // `kLanes` neighbouring threads take a block of columns: one group, or two if group_size is odd and they share a byte.
 // All threads of a warp stay until its last shuffle: those past the end work on the last block again and do not store.
 template <int kLanes, typename T>
-__global__ void __launch_bounds__(kThreads) quantize_blocks(const T* __restrict__ w, int64_t blocks,
-                                                            int64_t blocks_per_row, int64_t row_stride,
-                                                            int64_t group_size, uint8_t* __restrict__ packed,
-                                                            float* __restrict__ scales) {
+__global__ void __launch_bounds__(kThreads)
+    quantize_blocks(const T* __restrict__ w, int64_t blocks, int64_t blocks_per_row, int64_t row_stride,
+                    int64_t group_size, uint8_t* __restrict__ packed, float* __restrict__ scales) {
   const int lane = threadIdx.x % kLanes;
   const int groups = group_size % 2 == 0 ? 1 : 2;
   const int64_t columns = groups * group_size;
@@ -69,10 +68,9 @@ struct alignas(sizeof(T) * kValues) Vector {
 
 // A thread decodes kBytes packed bytes and stores them as one vector. With more than one byte, all are of one group.
 template <int kBytes, typename T>
-__global__ void __launch_bounds__(kThreads) dequantize_bytes(const Vector<uint8_t, kBytes>* __restrict__ packed,
-                                                             const float* __restrict__ scales, int64_t vectors,
-                                                             int64_t group_size,
-                                                             Vector<T, 2 * kBytes>* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_bytes(const Vector<uint8_t, kBytes>* __restrict__ packed, const float* __restrict__ scales,
+                     int64_t vectors, int64_t group_size, Vector<T, 2 * kBytes>* __restrict__ out) {
   __shared__ SharedCodebook shared;
   stage_levels(shared);
   const int64_t step = int64_t{gridDim.x} * kThreads;

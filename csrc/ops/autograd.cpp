@@ -130,8 +130,9 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
 }
 
 Tensor& dequantize_nf4_out(const Tensor& packed, const Tensor& scales, int64_t group_size, Tensor& out) {
-  TORCH_CHECK(!(at::GradMode::is_enabled() && out.requires_grad()),
-              "dequantize_nf4: out requires grad; its gradient would be silently lost (use torch.no_grad() or detach it)");
+  TORCH_CHECK(
+      !(at::GradMode::is_enabled() && out.requires_grad()),
+      "dequantize_nf4: out requires grad; its gradient would be silently lost (use torch.no_grad() or detach it)");
   refuse_forward_mode("dequantize_nf4", torch::autograd::isFwGradDefined(out));
   at::AutoDispatchBelowAutograd below;
   return call_dequantize_out(packed, scales, group_size, out);

@@ -4,17 +4,22 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <c10/core/SymBool.h>
 #include <c10/core/SymInt.h>
 
 #include <numeric>
 #include <optional>
+#include <string>
 
 namespace squish::ops {
 
 using at::Tensor;
 
 #define SQUISH_CHECK_SIZE(condition, ...) TORCH_CHECK_VALUE(TORCH_GUARD_OR_TRUE(condition), __VA_ARGS__)
+
+// "uint8", as Python says it; ScalarType itself prints as "Byte".
+inline std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
 inline bool is_weight_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
@@ -36,28 +41,29 @@ inline void check_group_size(const char* op, int64_t group_size) {
 inline void check_weight(const Tensor& w, int64_t group_size) {
   constexpr auto op = "quantize_nf4";
   TORCH_CHECK_TYPE(is_weight_dtype(w.scalar_type()), op, ": w must be float32, bfloat16, float16 or float64, got ",
-                   w.scalar_type());
+                   name_of(w.scalar_type()));
   TORCH_CHECK_VALUE(w.dim() == 2, op, ": w must be 2-D (rows, columns), got ", w.dim(), "-D");
   check_group_size(op, group_size);
   const c10::SymInt d = w.sym_size(1);
   SQUISH_CHECK_SIZE((d % 2).sym_eq(0), op, ": w has ", d, " columns; two share a byte, so their number must be even");
-  SQUISH_CHECK_SIZE((d % group_size).sym_eq(0), op, ": w has ", d, " columns, not a multiple of group_size=",
-                    group_size);
+  SQUISH_CHECK_SIZE((d % group_size).sym_eq(0), op, ": w has ", d,
+                    " columns, not a multiple of group_size=", group_size);
 }
 
 // A quantized weight: packed (n, d/2) uint8 and scales (n, d/group_size) float32.
 inline void check_packed(const char* op, const Tensor& packed, const Tensor& scales, int64_t group_size) {
   check_same_device(op, "scales", scales, "packed", packed);
-  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, op, ": packed must be uint8, got ", packed.scalar_type());
-  TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, op, ": scales must be float32, got ", scales.scalar_type());
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, op, ": packed must be uint8, got ",
+                   name_of(packed.scalar_type()));
+  TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, op, ": scales must be float32, got ",
+                   name_of(scales.scalar_type()));
   TORCH_CHECK_VALUE(packed.dim() == 2, op, ": packed must be 2-D (rows, columns/2), got ", packed.dim(), "-D");
-  TORCH_CHECK_VALUE(scales.dim() == 2, op, ": scales must be 2-D (rows, columns/group_size), got ", scales.dim(),
-                    "-D");
+  TORCH_CHECK_VALUE(scales.dim() == 2, op, ": scales must be 2-D (rows, columns/group_size), got ", scales.dim(), "-D");
   check_group_size(op, group_size);
   const c10::SymInt n = packed.sym_size(0), d = packed.sym_size(1) * 2;
   SQUISH_CHECK_SIZE(scales.sym_size(0).sym_eq(n), op, ": scales has ", scales.sym_size(0), " rows but packed has ", n);
-  SQUISH_CHECK_SIZE((d % group_size).sym_eq(0), op, ": packed holds ", d, " columns, not a multiple of group_size=",
-                    group_size);
+  SQUISH_CHECK_SIZE((d % group_size).sym_eq(0), op, ": packed holds ", d,
+                    " columns, not a multiple of group_size=", group_size);
   SQUISH_CHECK_SIZE((scales.sym_size(1) * group_size).sym_eq(d), op, ": scales has ", scales.sym_size(1),
                     " columns; packed holds ", d, " columns, which at group_size=", group_size, " need ",
                     d / group_size);
@@ -67,7 +73,7 @@ inline void check_dequantize(const Tensor& packed, const Tensor& scales, int64_t
                              std::optional<at::ScalarType> dtype) {
   check_packed("dequantize_nf4", packed, scales, group_size);
   TORCH_CHECK_TYPE(!dtype || is_compute_dtype(*dtype),
-                   "dequantize_nf4: dtype must be float32, bfloat16 or float16, got ", *dtype);
+                   "dequantize_nf4: dtype must be float32, bfloat16 or float16, got ", name_of(*dtype));
 }
 
 inline void check_dequantize_out(const Tensor& packed, const Tensor& scales, int64_t group_size, const Tensor& out) {
@@ -75,7 +81,7 @@ inline void check_dequantize_out(const Tensor& packed, const Tensor& scales, int
   check_packed(op, packed, scales, group_size);
   check_same_device(op, "out", out, "packed", packed);
   TORCH_CHECK_TYPE(is_compute_dtype(out.scalar_type()), op, ": out must be float32, bfloat16 or float16, got ",
-                   out.scalar_type());
+                   name_of(out.scalar_type()));
   const c10::SymInt n = packed.sym_size(0), d = packed.sym_size(1) * 2;
   TORCH_CHECK_VALUE(out.dim() == 2, op, ": out must be 2-D (rows, columns), got ", out.dim(), "-D");
   SQUISH_CHECK_SIZE(out.sym_size(0).sym_eq(n).sym_and(out.sym_size(1).sym_eq(d)), op, ": out has shape ",
@@ -92,13 +98,13 @@ inline void check_padding(const char* op, const char* what, const c10::SymInt& d
                     " more as padding, are wanted at group_size=", group_size, ")");
 }
 
-inline void check_linear(const Tensor& x, const Tensor& packed, const Tensor& scales,
-                         const std::optional<Tensor>& bias, int64_t group_size) {
+inline void check_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
+                         int64_t group_size) {
   constexpr auto op = "linear_nf4";
   check_same_device(op, "packed", packed, "x", x);
   if (bias) check_same_device(op, "bias", *bias, "x", x);
   TORCH_CHECK_TYPE(is_compute_dtype(x.scalar_type()), op, ": x must be float32, bfloat16 or float16, got ",
-                   x.scalar_type(),
+                   name_of(x.scalar_type()),
                    x.scalar_type() == at::kByte ? "; if x was cast with x.to(next(model.parameters()).dtype): the "
                                                   "first parameter may be packed NF4 bytes, name the dtype instead"
                                                 : "");
@@ -107,7 +113,7 @@ inline void check_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
   check_padding(op, "x has", x.sym_size(-1), packed.sym_size(1) * 2, group_size);
   if (!bias) return;
   TORCH_CHECK_TYPE(is_compute_dtype(bias->scalar_type()), op, ": bias must be float32, bfloat16 or float16, got ",
-                   bias->scalar_type());
+                   name_of(bias->scalar_type()));
   TORCH_CHECK_VALUE(bias->dim() == 1, op, ": bias must be 1-D, got ", bias->dim(), "-D");
   SQUISH_CHECK_SIZE(bias->sym_size(0).sym_eq(packed.sym_size(0)), op, ": bias has ", bias->sym_size(0),
                     " elements but packed has ", packed.sym_size(0), " rows");
@@ -118,7 +124,7 @@ inline void check_linear_grad_x(const Tensor& dy, const Tensor& packed, const Te
   constexpr auto op = "_linear_nf4_grad_x";
   check_same_device(op, "packed", packed, "dy", dy);
   TORCH_CHECK_TYPE(is_compute_dtype(dy.scalar_type()), op, ": dy must be float32, bfloat16 or float16, got ",
-                   dy.scalar_type());
+                   name_of(dy.scalar_type()));
   check_packed(op, packed, scales, group_size);
   TORCH_CHECK_VALUE(dy.dim() >= 1, op, ": dy must have at least one dimension, got a scalar");
   SQUISH_CHECK_SIZE(dy.sym_size(-1).sym_eq(packed.sym_size(0)), op, ": dy has ", dy.sym_size(-1),

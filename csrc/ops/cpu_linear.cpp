@@ -1,5 +1,5 @@
-// linear_nf4 and its gradient on the CPU. Few activations: our fused kernel reads the packed bytes and stores no weight.
-// Many: tiles of the weight are decoded into a small scratch, and ATen multiplies.
+// linear_nf4 and its gradient on the CPU. Few activations: our fused kernel reads the packed bytes and stores no
+// weight. Many: tiles of the weight are decoded into a small scratch, and ATen multiplies.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -14,8 +14,10 @@
 namespace squish::ops {
 namespace {
 
-// Up to this many activations the fused kernel is used (docs/numerics.md states it: the order of summation changes).
-constexpr int64_t kFusedActivations = 16;
+// Up to this many activations the fused kernel is faster than decoding tiles for ATen, by benchmarks/linear.py. The
+// order of summation changes there, so docs/numerics.md states them.
+constexpr int64_t kFusedActivations = 24;
+constexpr int64_t kFusedActivationsBFloat16 = 8;         // where the processor multiplies bfloat16 itself
 constexpr int64_t kTileBytes = int64_t{4} << 20;         // decoded weight in scratch
 constexpr int64_t kActivationBytes = int64_t{16} << 20;  // float32 copies of 16-bit activations in scratch
 
@@ -26,9 +28,7 @@ struct Problem {
   const cpu::Selection& path;
 };
 
-Tensor as_float32(const std::optional<Tensor>& bias) {
-  return bias ? bias->contiguous().to(at::kFloat) : Tensor();
-}
+Tensor as_float32(const std::optional<Tensor>& bias) { return bias ? bias->contiguous().to(at::kFloat) : Tensor(); }
 
 void fused_linear(const Problem& p, const Tensor& x, const Tensor& bias, const Tensor& y) {
   constexpr int64_t kRowsAtOnce = 32;  // they stay in the first-level cache while the activations pass
@@ -41,7 +41,10 @@ void fused_linear(const Problem& p, const Tensor& x, const Tensor& bias, const T
     using T = decltype(zero);
     {
       const cpu::DefaultFloatEnvironment environment;
-      cpu::split_columns(static_cast<const T*>(x.const_data_ptr()), p.m, p.d, x.stride(0), p.columns, activations);
+      const T* values = static_cast<const T*>(x.const_data_ptr());
+      for (int64_t i = 0; i < p.m; i += cpu::kLinearBatch)
+        cpu::split_columns(values + i * x.stride(0), std::min(cpu::kLinearBatch, p.m - i), p.d, x.stride(0), p.columns,
+                           p.group_size, activations + i * p.columns);
     }
     T* out = static_cast<T*>(y.mutable_data_ptr());
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(p.columns, 1));
@@ -107,13 +110,15 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   const int64_t n = packed.size(0), d = x.size(-1);
   Tensor result = at::empty(C10_AS_INTARRAYREF_SLOW(with_last_dim(x, n)), x.options());
   if (result.numel() == 0) return result;
-  const Problem p{packed.contiguous(), scales.contiguous(), group_size,  result.numel() / n,
-                  n,                   d,                   packed.size(1) * 2, selected()};
+  const Problem p{packed.contiguous(), scales.contiguous(), group_size, result.numel() / n, n, d,
+                  packed.size(1) * 2,  selected()};
   const Tensor rows = x.reshape({p.m, d});
   const Tensor y = result.view({p.m, n});
-  if (p.m <= kFusedActivations && group_size % 2 == 0) {
+  const bool own_dtype = multiplies_in_own_dtype(p, x, bias);
+  const bool own_bfloat16 = own_dtype && x.scalar_type() == at::kBFloat16;
+  if (p.m <= (own_bfloat16 ? kFusedActivationsBFloat16 : kFusedActivations) && group_size % 2 == 0) {
     fused_linear(p, rows.stride(1) == 1 ? rows : rows.contiguous(), as_float32(bias), y);
-  } else if (multiplies_in_own_dtype(p, x, bias)) {
+  } else if (own_dtype) {
     tiled_linear(p, rows, bias ? std::optional(bias->to(x.scalar_type())) : std::nullopt, y);
   } else {
     const Tensor bias32 = as_float32(bias);
@@ -136,8 +141,8 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
   if (n == 0) return at::zeros(C10_AS_INTARRAYREF_SLOW(shape), dy.options());
   Tensor result = at::empty(C10_AS_INTARRAYREF_SLOW(shape), dy.options());
   if (result.numel() == 0) return result;
-  const Problem p{packed.contiguous(), scales.contiguous(), group_size,         dy.numel() / n,
-                  n,                   d,                   packed.size(1) * 2, selected()};
+  const Problem p{packed.contiguous(), scales.contiguous(), group_size, dy.numel() / n, n, d,
+                  packed.size(1) * 2,  selected()};
   const Tensor rows = dy.reshape({p.m, n});
   const Tensor dx = result.view({p.m, d});
   for_each_activation_stretch(p, d + n, [&](int64_t first, int64_t count) {

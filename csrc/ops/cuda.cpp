@@ -1,5 +1,5 @@
-// The operators on CUDA: device guard, current stream, launch check. The linear decodes tiles of the weight into a small
-// scratch and lets ATen multiply; no call ever holds a large weight whole.
+// The operators on CUDA: device guard, current stream, launch check. The linear decodes tiles of the weight into a
+// small scratch and lets ATen multiply; no call ever holds a large weight whole.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -35,10 +35,18 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size
   Tensor packed = at::empty({w.size(0), w.size(1) / 2}, w.options().dtype(at::kByte));
   Tensor scales = at::empty({w.size(0), w.size(1) / group_size}, w.options().dtype(at::kFloat));
   switch (w.scalar_type()) {
-    case at::kFloat: encode<float>(w, group_size, packed, scales); break;
-    case at::kDouble: encode<double>(w, group_size, packed, scales); break;
-    case at::kBFloat16: encode<nf4::BFloat16>(w, group_size, packed, scales); break;
-    default: encode<nf4::Float16>(w, group_size, packed, scales); break;
+    case at::kFloat:
+      encode<float>(w, group_size, packed, scales);
+      break;
+    case at::kDouble:
+      encode<double>(w, group_size, packed, scales);
+      break;
+    case at::kBFloat16:
+      encode<nf4::BFloat16>(w, group_size, packed, scales);
+      break;
+    default:
+      encode<nf4::Float16>(w, group_size, packed, scales);
+      break;
   }
   return {std::move(packed), std::move(scales)};
 }
@@ -133,9 +141,7 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
   const Tensor rows = dy.reshape({m, n});
   const Tensor sum = at::zeros({m, d}, dy.options().dtype(at::kFloat));
   for_each_tile(packed.contiguous(), scales.contiguous(), group_size, d, dy.scalar_type(),
-                [&](int64_t row, const Tensor& tile) {
-                  sum.add_(multiply(rows.narrow(1, row, tile.size(0)), tile));
-                });
+                [&](int64_t row, const Tensor& tile) { sum.add_(multiply(rows.narrow(1, row, tile.size(0)), tile)); });
   return sum.to(dy.scalar_type()).view(C10_AS_INTARRAYREF_SLOW(shape));
 }
 

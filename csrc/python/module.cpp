@@ -51,8 +51,9 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native side of squish_nf4: the codebook, the CPU path in use, and how the library was built.";
   m.def("codebook", [] { return as_tuple(nf4::kLevels); }, "The 16 levels, as floats that are exact in float32.");
-  m.def("boundaries", [] { return as_tuple(nf4::kBoundaries); },
-        "The 15 boundaries: a quotient has as many of them below it as its level's index says.");
+  m.def(
+      "boundaries", [] { return as_tuple(nf4::kBoundaries); },
+      "The 15 boundaries: a quotient has as many of them below it as its level's index says.");
   m.def("cpu_isa", &cpu_isa,
         "The CPU path of this process: scalar, avx2, avx512 or avx512_bf16. Raises ValueError if SQUISH_NF4_ISA names "
         "something unknown or missing.");
