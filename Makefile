@@ -31,7 +31,8 @@ format: setup
 	.venv/bin/clang-format -i $$(git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.c')
 
 bench: setup
-	.venv/bin/python benchmarks/run.py
+	.venv/bin/python -m benchmarks.codec
+	.venv/bin/python -m benchmarks.linear
 
 clean:
 	rm -rf build demo-output squish_nf4/*.so squish_nf4/_build_info.py

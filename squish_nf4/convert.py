@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,12 @@ from squish_nf4.layout import pick_group_size
 from squish_nf4.lossless import dtype_name
 from squish_nf4.names import alike, holds_apart, keys_of, listed, matching
 from squish_nf4.npy_file import StoredFile
-from squish_nf4.report import ConvertReport, TensorReport, notes_on
+from squish_nf4.report import ConvertReport, Progress, TensorReport, notes_on
 from squish_nf4.source import Entry, Source, open_source
 
 __all__ = ["ConvertReport", "Progress", "TensorReport", "convert", "pick_group_size", "quantize_tensor"]
 
 SIDECAR_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a conversion is: the tensor it has begun, and the bytes of the source that are done."""
-
-    tensor: str
-    bytes_done: int
-    bytes_total: int
 
 
 def convert(

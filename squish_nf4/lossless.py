@@ -8,7 +8,9 @@ from torch import Tensor
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
-TILE = 2**20  # elements looked at in one step: bounds what is held beside the tensor, and fits a cache
+# Elements looked at in one step. Copies in wider types then stay in a cache, and torch works on the calling thread alone:
+# for steps of this kind, waking more threads costs more than they bring.
+TILE = 2**15
 
 # Floats that numpy has no type for. Every one of their values is a float32.
 WIDENED = {

@@ -46,7 +46,8 @@ def write_npy(path: Path, array: Array) -> StoredFile:
 
 def find_npy(folder: Path, stem: str) -> Path | None:
     """folder/stem.npy or folder/stem.npy.zst, or None; both together are refused, for they may differ."""
-    found = [path for path in (folder / f"{stem}.npy", folder / f"{stem}.npy.zst") if path.is_file()]
+    places = (folder / f"{stem}.npy", folder / f"{stem}.npy.zst")
+    found = [path for path in places if os.path.isfile(path)]  # unlike Path.is_file, False for a name too long to exist
     if len(found) > 1:
         raise ValueError(f"{found[0]} is there twice, plain and as .zst; remove one of them")
     return found[0] if found else None

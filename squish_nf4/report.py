@@ -1,4 +1,4 @@
-"""What a conversion did, for a program to read or a command line to print."""
+"""What a conversion does and did, for a program to read or a command line to show."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ import numpy as np
 
 from squish_nf4.lossless import dtype_named
 from squish_nf4.names import listed
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a conversion is: the tensor it has begun, and the bytes of the source that are done."""
+
+    tensor: str
+    bytes_done: int
+    bytes_total: int
 
 
 @dataclass(frozen=True)

@@ -102,22 +102,27 @@ def open_source(path: Path) -> Source:
         ValueError: nothing to convert, a damaged shard, an index that is wrong, or a dtype that cannot be stored.
     """
     if path.is_dir():
-        index = find_index(path)
-        shards = read_index(index) if index else {shard: set() for shard in find_shards(path)}
-        if not shards:
-            raise ValueError(f"{path} holds no .safetensors file{other_weights(path)}")
-        source = Source(list_tensors(shards))
-        if index:
-            source.notes += compare_with_index(source.entries, shards, index)
-        collect_small_files(path, {*shards, index}, source)
-    elif path.suffix == ".safetensors" and path.exists():
-        source = Source(list_tensors([path]))
-    elif path.exists():
-        raise ValueError(f"{path} is neither a directory nor a .safetensors file")
-    else:
+        source = open_directory(path)
+    elif not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    elif path.suffix == ".safetensors":
+        source = Source(list_tensors([path]))
+    else:
+        raise ValueError(f"{path} is neither a directory nor a .safetensors file")
     if not source.entries:
         raise ValueError(f"{path} holds no tensors")
+    return source
+
+
+def open_directory(directory: Path) -> Source:
+    index = find_index(directory)
+    shards = read_index(index) if index else {shard: set() for shard in find_shards(directory)}
+    if not shards:
+        raise ValueError(f"{directory} holds no .safetensors file{other_weights(directory)}")
+    source = Source(list_tensors(shards))
+    if index:
+        source.notes += compare_with_index(source.entries, shards, index)
+    collect_small_files(directory, {*shards, index}, source)
     return source
 
 
@@ -131,9 +136,9 @@ def find_index(directory: Path) -> Path | None:
         return usual
     found = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
     if len(found) > 1:
-        listed = ", ".join(index.name for index in found)
+        several = ", ".join(index.name for index in found)
         raise ValueError(
-            f"{directory} holds several models ({listed}); convert one .safetensors file, or move the others away"
+            f"{directory} holds several models ({several}); convert one .safetensors file, or move the others away"
         )
     return found[0] if found else None
 

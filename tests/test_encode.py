@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from squish_nf4.convert import pick_group_size, quantize_tensor
 from squish_nf4.encode import encode
 from squish_nf4.lossless import smallest_lossless
-from squish_nf4.convert import pick_group_size, quantize_tensor
 from tests import reference
 from tests.checkpoint_files import gaussian
 
@@ -24,7 +24,21 @@ def encoded(tensor, name="w", group_size=None, threshold=20.0, passthrough=()):
 
 @pytest.mark.parametrize(
     ("n_cols", "expected"),
-    [(64, 32), (96, 32), (32, 16), (48, 16), (16, 8), (8, 4), (24, 8), (40, 8), (12, 4), (4, 4), (6, 6), (30522, 30522), (1, 1)],
+    [
+        (64, 32),
+        (96, 32),
+        (32, 16),
+        (48, 16),
+        (16, 8),
+        (8, 4),
+        (24, 8),
+        (40, 8),
+        (12, 4),
+        (4, 4),
+        (6, 6),
+        (30522, 30522),
+        (1, 1),
+    ],
 )
 def test_the_group_size_is_the_first_that_divides_into_two_groups_or_more(n_cols, expected):
     assert pick_group_size(n_cols) == expected
@@ -208,7 +222,9 @@ def test_a_kept_value_takes_the_smallest_float_that_loses_nothing(value, source,
     back = result.astype(source)
     np.testing.assert_array_equal(back, values)
     if values.dtype.kind == "f":
-        np.testing.assert_array_equal(np.signbit(back[1:])[~np.isnan(values[1:])], np.signbit(values[1:])[~np.isnan(values[1:])])
+        np.testing.assert_array_equal(
+            np.signbit(back[1:])[~np.isnan(values[1:])], np.signbit(values[1:])[~np.isnan(values[1:])]
+        )
 
 
 def test_nan_payloads_do_not_widen_a_kept_tensor():

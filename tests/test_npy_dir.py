@@ -15,15 +15,16 @@ from squish_nf4.npy_dir import iter_npy_dir, load_npy_dir
 from tests import reference
 from tests.checkpoint_files import write_foreign_dir
 
+PACKED, SCALES = reference.quantize(np.random.default_rng(5).standard_normal((6, 32), dtype=np.float32), 8)
+DECODED = reference.dequantize(PACKED, SCALES, 8).reshape(2, 3, 32)
+
 
 @pytest.fixture
-def foreign(tmp_path, rng):
-    """A directory by another program: one matrix in NF4 (group size 8), and kept tensors of several kinds."""
-    w = rng.standard_normal((6, 32), dtype=np.float32)
-    packed, scales = reference.quantize(w, 8)
+def foreign(tmp_path):
+    """A directory by another program: one tensor in NF4 (group size 8), and kept ones of several kinds."""
     arrays = {
-        "a__weight__nf4": packed,
-        "a__weight__s_nf4": scales,
+        "a__weight__nf4": PACKED,
+        "a__weight__s_nf4": SCALES,
         "a__weight__shape": np.array([2, 3, 32]),
         "a__bias__pt": np.array([1, 2.5, -0.0], dtype=np.float16),
         "a__bias__shape": np.array([3]),
@@ -32,21 +33,15 @@ def foreign(tmp_path, rng):
     return write_foreign_dir(tmp_path / "dir", arrays, {"a.weight": "a__weight", "a.bias": "a__bias", "ids": "ids"})
 
 
-@pytest.fixture
-def expected(rng):
-    w = rng.standard_normal((6, 32), dtype=np.float32)
-    return reference.dequantize(*reference.quantize(w, 8), 8).reshape(2, 3, 32)
-
-
 def compress(file):
     file.with_name(f"{file.name}.zst").write_bytes(zstandard.ZstdCompressor().compress(file.read_bytes()))
     file.unlink()
 
 
-def test_a_directory_without_our_sidecar_is_read(foreign, expected):
+def test_a_directory_without_our_sidecar_is_read(foreign):
     tensors = load_npy_dir(foreign)
     assert list(tensors) == ["a.weight", "a.bias", "ids"]
-    np.testing.assert_array_equal(tensors["a.weight"].numpy(), expected)
+    np.testing.assert_array_equal(tensors["a.weight"].numpy(), DECODED)
     torch.testing.assert_close(tensors["a.bias"], torch.tensor([1, 2.5, -0.0]), rtol=0, atol=0)
     assert tensors["a.bias"].signbit().tolist() == [False, False, True]
     torch.testing.assert_close(tensors["ids"], torch.arange(4).reshape(1, 4))
@@ -62,10 +57,10 @@ def test_paths_may_be_strings_and_tensors_come_one_by_one(foreign):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_floats_come_in_the_dtype_asked_for_and_integers_in_their_own(foreign, expected, dtype):
+def test_floats_come_in_the_dtype_asked_for_and_integers_in_their_own(foreign, dtype):
     tensors = load_npy_dir(foreign, dtype)
     assert [tensor.dtype for tensor in tensors.values()] == [dtype, dtype, torch.int64]
-    torch.testing.assert_close(tensors["a.weight"], torch.from_numpy(expected).to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(tensors["a.weight"], torch.from_numpy(DECODED).to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, "float32", 3, torch.bool, torch.complex64])
@@ -80,27 +75,36 @@ def test_the_source_dtype_needs_our_sidecar(foreign):
 
 
 @pytest.mark.parametrize(
-    "sidecar", [{}, {"tensors": {}}, {"tensors": []}, {"tensors": {"a.weight": {"source_dtype": "nn"}}}, {"tensors": {"a.weight": {"source_dtype": 1}}}]
+    "sidecar",
+    [
+        {},
+        {"tensors": {}},
+        {"tensors": []},
+        {"tensors": {"a.weight": {"source_dtype": "nn"}}},
+        {"tensors": {"a.weight": {"source_dtype": 1}}},
+    ],
 )
 def test_a_sidecar_that_does_not_say_the_source_dtype_is_refused_by_name(foreign, sidecar):
     (foreign / "squish_nf4.json").write_text(json.dumps(sidecar))
     assert len(load_npy_dir(foreign)) == 3
-    with pytest.raises(ValueError, match="does not say which dtype 'a.weight' had"):
+    with pytest.raises(ValueError, match=r"does not say which dtype 'a.weight' had"):
         load_npy_dir(foreign, "source")
 
 
-def test_compressed_files_are_read_like_plain_ones(foreign, expected):
+def test_compressed_files_are_read_like_plain_ones(foreign):
     for file in sorted((foreign / "tensors").glob("*.npy")):
         compress(file)
     tensors = load_npy_dir(foreign)
-    np.testing.assert_array_equal(tensors["a.weight"].numpy(), expected)
+    np.testing.assert_array_equal(tensors["a.weight"].numpy(), DECODED)
     assert tensors["ids"].tolist() == [[0, 1, 2, 3]]
 
 
 def test_a_file_compressed_in_several_frames_is_read(foreign):
     file = foreign / "tensors" / "ids__pt.npy"
     raw, compressor = file.read_bytes(), zstandard.ZstdCompressor()
-    file.with_name("ids__pt.npy.zst").write_bytes(b"".join(compressor.compress(raw[i : i + 40]) for i in range(0, len(raw), 40)))
+    file.with_name("ids__pt.npy.zst").write_bytes(
+        b"".join(compressor.compress(raw[i : i + 40]) for i in range(0, len(raw), 40))
+    )
     file.unlink()
     assert load_npy_dir(foreign)["ids"].tolist() == [[0, 1, 2, 3]]
 
@@ -175,7 +179,9 @@ def test_an_object_array_is_refused(foreign):
         load_npy_dir(foreign)
 
 
-@pytest.mark.parametrize("array", [np.array(["text"]), np.zeros(2, dtype="V2"), np.zeros(2, dtype="M8[s]")], ids=["text", "void", "time"])
+@pytest.mark.parametrize(
+    "array", [np.array(["text"]), np.zeros(2, dtype="V2"), np.zeros(2, dtype="M8[s]")], ids=["text", "void", "time"]
+)
 def test_an_array_without_numbers_is_refused(foreign, array):
     np.save(foreign / "tensors" / "ids__pt.npy", array)
     with pytest.raises(ValueError, match=r"ids__pt.npy holds .*, which is no number type"):
@@ -199,11 +205,23 @@ def remove(stem):
 DAMAGE = {
     "scales missing": (remove("a__weight__s_nf4"), r"found: __nf4.npy, __shape.npy"),
     "packed missing": (remove("a__weight__nf4"), r"found: __s_nf4.npy, __shape.npy"),
-    "stored in two forms": (replace("a__weight__pt", np.ones(4)), "found: __nf4.npy, __pt.npy, __s_nf4.npy, __shape.npy"),
-    "stored twice": (lambda f: (f / "a__weight__nf4.npy.zst").touch(), "a__weight__nf4.npy is there twice, plain and as .zst"),
-    "packed of int8": (replace("a__weight__nf4", np.zeros((6, 16), np.int8)), "must be uint8 and __s_nf4 float32, got int8 and float32"),
+    "stored in two forms": (
+        replace("a__weight__pt", np.ones(4)),
+        "found: __nf4.npy, __pt.npy, __s_nf4.npy, __shape.npy",
+    ),
+    "stored twice": (
+        lambda f: (f / "a__weight__nf4.npy.zst").touch(),
+        "a__weight__nf4.npy is there twice, plain and as .zst",
+    ),
+    "packed of int8": (
+        replace("a__weight__nf4", np.zeros((6, 16), np.int8)),
+        "must be uint8 and __s_nf4 float32, got int8 and float32",
+    ),
     "scales of float64": (replace("a__weight__s_nf4", np.zeros((6, 4))), "got uint8 and float64"),
-    "packed 1-D": (replace("a__weight__nf4", np.zeros(96, np.uint8)), r"__nf4 \(96,\) and __s_nf4 \(6, 4\) do not belong together"),
+    "packed 1-D": (
+        replace("a__weight__nf4", np.zeros(96, np.uint8)),
+        r"__nf4 \(96,\) and __s_nf4 \(6, 4\) do not belong together",
+    ),
     "rows differ": (replace("a__weight__s_nf4", np.zeros((5, 4), np.float32)), "do not belong together"),
     "no scale": (replace("a__weight__s_nf4", np.zeros((6, 0), np.float32)), "do not belong together"),
     "groups of no size": (replace("a__weight__s_nf4", np.zeros((6, 5), np.float32)), "do not belong together"),
@@ -250,7 +268,7 @@ def test_the_files_of_other_forms_are_listed_without_those_of_other_tensors(tmp_
 
 def test_a_tensor_without_files_is_refused(tmp_path):
     path = write_foreign_dir(tmp_path / "dir", {}, {"a": "a"})
-    with pytest.raises(ValueError, match="tensor 'a': .*found: nothing$"):
+    with pytest.raises(ValueError, match=r"tensor 'a': .*found: nothing$"):
         load_npy_dir(path)
 
 

@@ -19,7 +19,11 @@ def names(source):
 def two_shards(directory):
     save_shard(directory / "model-00001-of-00002.safetensors", {"a": gaussian(2, 4), "b": gaussian(3)})
     save_shard(directory / "model-00002-of-00002.safetensors", {"c": gaussian(4, 2)})
-    return {"a": "model-00001-of-00002.safetensors", "b": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"}
+    return {
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00001-of-00002.safetensors",
+        "c": "model-00002-of-00002.safetensors",
+    }
 
 
 def test_one_file_is_a_source(tmp_path):
@@ -57,14 +61,16 @@ def test_two_models_in_one_directory_are_refused(tmp_path):
 def test_a_shard_that_the_index_names_but_is_missing_is_refused(tmp_path):
     weight_map = two_shards(tmp_path)
     save_index(tmp_path, weight_map | {"d": "model-00003-of-00002.safetensors"})
-    with pytest.raises(FileNotFoundError, match=r"names model-00003-of-00002.safetensors, which is not in .* \(1 missing\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"names model-00003-of-00002.safetensors, which is not in .* \(1 missing\)"
+    ):
         open_source(tmp_path)
 
 
 def test_a_tensor_that_the_index_promises_but_no_shard_holds_is_refused(tmp_path):
     weight_map = two_shards(tmp_path)
     save_index(tmp_path, weight_map | {"lost": "model-00002-of-00002.safetensors"})
-    with pytest.raises(ValueError, match="says that model-00002-of-00002.safetensors holds 'lost', but it does not"):
+    with pytest.raises(ValueError, match=r"says that model-00002-of-00002.safetensors holds 'lost', but it does not"):
         open_source(tmp_path)
 
 
@@ -92,7 +98,9 @@ def test_a_name_that_two_shards_hold_is_refused(tmp_path):
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": ["b"]}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": ["b"]}}']
+)
 def test_a_damaged_index_is_refused_by_name(tmp_path, text):
     two_shards(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(text)
@@ -140,12 +148,14 @@ def test_what_is_no_source_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         open_source(tmp_path / "nowhere")
     (tmp_path / "x.bin").touch()
-    with pytest.raises(ValueError, match="neither a directory nor a .safetensors file"):
+    with pytest.raises(ValueError, match=r"neither a directory nor a .safetensors file"):
         open_source(tmp_path / "x.bin")
-    with pytest.raises(ValueError, match=r"holds no .safetensors file \(it holds x.bin; save it as safetensors first\)"):
+    with pytest.raises(
+        ValueError, match=r"holds no .safetensors file \(it holds x.bin; save it as safetensors first\)"
+    ):
         open_source(tmp_path)
     (tmp_path / "x.bin").unlink()
-    with pytest.raises(ValueError, match="holds no .safetensors file$"):
+    with pytest.raises(ValueError, match=r"holds no .safetensors file$"):
         open_source(tmp_path)
     with pytest.raises(ValueError, match="holds no tensors"):
         open_source(save_shard(tmp_path / "x.safetensors", {}))
@@ -169,7 +179,14 @@ def test_small_files_are_found_and_the_rest_is_noted_or_hidden(tmp_path, monkeyp
     monkeypatch.setattr("squish_nf4.source.SMALL_FILE", 100)
     save_shard(tmp_path / "model.safetensors", {"a": gaussian(2, 4)})
     save_shard(tmp_path / "2_Dense" / "model.safetensors", {"a": gaussian(2, 4)})
-    for place in ("config.json", "1_Pooling/config.json", "README.md", ".gitattributes", ".cache/token", "._model.safetensors"):
+    for place in (
+        "config.json",
+        "1_Pooling/config.json",
+        "README.md",
+        ".gitattributes",
+        ".cache/token",
+        "._model.safetensors",
+    ):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_text("x")
     (tmp_path / "film.mp4").write_bytes(bytes(101))
@@ -180,7 +197,13 @@ def test_small_files_are_found_and_the_rest_is_noted_or_hidden(tmp_path, monkeyp
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
     os.mkfifo(tmp_path / "pipe")
     source = open_source(tmp_path)
-    assert [str(place) for _, place in source.small_files] == ["README.md", "blob", "config.json", "link.json", "1_Pooling/config.json"]
+    assert [str(place) for _, place in source.small_files] == [
+        "README.md",
+        "blob",
+        "config.json",
+        "link.json",
+        "1_Pooling/config.json",
+    ]
     assert source.notes == [
         "not copied: broken.json (not a file, or a link to a folder)",
         "not copied: film.mp4 (0 MiB is not a small file)",

@@ -65,7 +65,8 @@ template <class Path, int M>
 void linear_rows_of(const uint8_t* packed, const float* scales, int64_t rows, int64_t columns, int64_t group_size,
                     const float* x, float* y) {
   const int64_t block = activation_block(M, columns, group_size);
-  for (int64_t start = 0; start < columns; start += block) {
+  int64_t start = 0;
+  do {  // once even if there are no columns: the sums are then zero
     const int64_t count = std::min(block, columns - start);
     for (int64_t r = 0; r < rows; ++r) {
       float sums[M];
@@ -73,7 +74,8 @@ void linear_rows_of(const uint8_t* packed, const float* scales, int64_t rows, in
                                    count, group_size, x + M * start, sums);
       for (int i = 0; i < M; ++i) y[r * M + i] = start == 0 ? sums[i] : y[r * M + i] + sums[i];
     }
-  }
+    start += block;
+  } while (start < columns);
 }
 
 // The number of activations becomes a constant, so that their sums live in registers.

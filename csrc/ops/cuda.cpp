@@ -101,6 +101,7 @@ void for_each_tile(const Tensor& packed, const Tensor& scales, int64_t group_siz
 
 // a b in float32, whatever their dtype.
 Tensor multiply(const Tensor& a, const Tensor& b) {
+  if (a.size(1) == 0) return at::zeros({a.size(0), b.size(1)}, a.options().dtype(at::kFloat));
   return a.scalar_type() == at::kFloat ? at::mm(a, b) : at::mm(a, b, at::kFloat);
 }
 

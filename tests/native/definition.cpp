@@ -1,4 +1,5 @@
-// Compiled for the machine at hand: the compiler makes vector code of these loops, which is what makes all floats quick.
+// Compiled for the machine at hand: the compiler makes vector code of these loops, which is what makes all floats
+// quick.
 #include "tests/native/definition.h"
 
 #include <cmath>

@@ -1,5 +1,6 @@
 // Encodes every float of [-1, 1] with every path this CPU has, and compares with the definition.
 // Arguments: the 16 levels. Prints one line per path: its name, the floats compared, those that differ.
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cstdint>

@@ -1,0 +1,29 @@
+"""The command ``squish-nf4``, also ``python -m squish_nf4``. What stops it from starting is said in one sentence."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+
+def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        never_fail_on_a_character(stream)
+    try:
+        from squish_nf4.cli import app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("squish_nf4"):
+            raise
+        sys.exit(f"squish-nf4: the command line needs {error.name}, which is not installed; type: pip install typer rich")
+    app(prog_name="squish-nf4")
+
+
+def never_fail_on_a_character(stream: TextIO) -> None:
+    """A terminal that cannot show a line or a tensor's name gets a question mark in its place."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
+if __name__ == "__main__":
+    main()

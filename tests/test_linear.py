@@ -1,0 +1,316 @@
+"""linear_nf4 on the CPU against its definition: a float64 product with the weight that packed and scales decode to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from math import lcm
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import squish_nf4
+from tests import reference
+from tests.helpers import ForcedIsa
+
+OPS = torch.ops.squish
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GROUP_SIZES = [1, 2, 3, 16, 32, 64, 100]
+BATCHES = [1, 2, 7, 8, 9, 16, 17, 24, 25, 40, 300]
+# Activations that our own kernel multiplies (docs/numerics.md); more in bfloat16 may go to the processor's own product.
+FUSED = [(torch.bfloat16, m) for m in (1, 2, 7, 8)]
+FUSED += [(dtype, m) for dtype in (torch.float32, torch.float16) for m in (1, 2, 7, 8, 9, 16, 24)]
+
+
+def packed_weight(rng: np.random.Generator, n: int, d: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed bytes, scales of both signs, and the (n, d) float32 weight they decode to; columns after d are zero."""
+    block = lcm(2, group_size)
+    columns = -(-d // block) * block
+    packed = rng.integers(0, 256, (n, columns // 2), dtype=np.uint8)
+    indices = np.stack([packed & 15, packed >> 4], axis=2).reshape(n, columns)
+    indices[:, d:] = 7  # the level 0
+    packed = indices[:, 0::2] | indices[:, 1::2] << 4
+    scales = rng.standard_normal((n, columns // group_size), dtype=np.float32)
+    decoded = reference.dequantize(packed, scales, group_size)[:, :d]
+    return torch.from_numpy(packed), torch.from_numpy(scales), torch.from_numpy(decoded)
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    assert found.shape == exact.shape
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def exact_linear(x: Tensor, decoded: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.double(), decoded.double(), None if bias is None else bias.double())
+
+
+def require_definition(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, group_size: int) -> None:
+    """float32 within 1e-6 of float64; 16 bits no worse than 1.2 times what dense torch makes of the decoded weight."""
+    packed, scales, decoded = weight
+    y = OPS.linear_nf4(x, packed, scales, bias, group_size)
+    assert y.dtype == x.dtype
+    exact = exact_linear(x, decoded, bias)
+    allowed = 1e-6
+    if x.dtype != torch.float32:
+        dense = F.linear(x, decoded.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        allowed = 1.2 * relative(dense, exact)
+    assert relative(y, exact) <= allowed
+
+
+@pytest.mark.parametrize("m", BATCHES, ids="m={}".format)
+@pytest.mark.parametrize("group_size", GROUP_SIZES, ids="g={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_is_the_float64_product_with_the_decoded_weight(
+    rng: np.random.Generator, dtype: torch.dtype, group_size: int, m: int
+) -> None:
+    block = lcm(2, group_size)
+    columns = -(-160 // block) * block
+    for d in {
+        columns,
+        columns - 1,
+        max(1, columns - block + 1),
+    }:  # no padding, one column of it, as much as there may be
+        weight = packed_weight(rng, 70, d, group_size)
+        x = torch.from_numpy(rng.standard_normal((m, d), dtype=np.float32)).to(dtype)
+        for bias_dtype in (None, *DTYPES):
+            bias = (
+                None
+                if bias_dtype is None
+                else torch.from_numpy(rng.standard_normal(70, dtype=np.float32)).to(bias_dtype)
+            )
+            require_definition(x, weight, bias, group_size)
+
+
+@pytest.mark.parametrize("m", [1, 16, 40])
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 1000], ids="n={}".format)
+@pytest.mark.parametrize(("d", "group_size"), [(1, 2), (2, 2), (15, 16), (1000, 40), (4099, 64), (4096, 4096)])
+def test_every_size_of_weight(rng: np.random.Generator, d: int, group_size: int, n: int, m: int) -> None:
+    x = torch.from_numpy(rng.standard_normal((m, d), dtype=np.float32))
+    require_definition(x, packed_weight(rng, n, d, group_size), None, group_size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 9, 40])
+@pytest.mark.parametrize("group_size", [3, 32])
+def test_every_cpu_path_computes_the_definition(
+    forced_isa: ForcedIsa, rng: np.random.Generator, group_size: int, m: int, dtype: torch.dtype
+) -> None:
+    for d in (192, 191):
+        packed, scales, decoded = packed_weight(rng, 70, d, group_size)
+        x = torch.from_numpy(rng.standard_normal((m, d), dtype=np.float32)).to(dtype)
+        bias = torch.from_numpy(rng.standard_normal(70, dtype=np.float32))
+        arrays = (x.float().numpy(), packed.numpy(), scales.numpy(), bias.numpy())
+        isa, y = forced_isa(linear_in_child, *arrays, group_size, str(dtype))
+        assert isa == forced_isa.isa  # else the default would be tested four times
+        exact = exact_linear(x, decoded, bias)
+        allowed = 1e-6
+        if dtype != torch.float32:
+            allowed = 1.2 * relative(F.linear(x, decoded.to(dtype), bias.to(dtype)), exact)
+        assert relative(torch.from_numpy(y), exact) <= allowed
+
+
+def linear_in_child(
+    x: np.ndarray, packed: np.ndarray, scales: np.ndarray, bias: np.ndarray, group_size: int, dtype: str
+) -> tuple[str, np.ndarray]:
+    """The CPU path of this process, and y as float32."""
+    from squish_nf4 import _C
+
+    x, packed, scales, bias = (torch.from_numpy(array) for array in (x, packed, scales, bias))
+    x = x.to(getattr(torch, dtype.removeprefix("torch.")))
+    return _C.cpu_isa(), OPS.linear_nf4(x, packed, scales, bias, group_size).float().numpy()
+
+
+# --- one rounding -----------------------------------------------------------------------------------------------------
+
+
+def ones_and_zeros(n: int, d: int) -> tuple[Tensor, Tensor]:
+    """A weight (n, d) of group size 32 whose first two columns are 1 and the others 0."""
+    w = torch.zeros(n, d)
+    w[:, :2] = 1
+    return OPS.quantize_nf4(w, 32)
+
+
+def rounding_cases(dtype: torch.dtype, bias_dtype: torch.dtype) -> list[tuple[float, float, float]]:
+    """(x1, bias, result): 1 + x1 + bias, rounded once, is the result; rounded twice it is another value."""
+    ulp = torch.finfo(dtype).eps
+    half, tiny = ulp / 2, torch.finfo(dtype).eps / 16
+    cases = [
+        (half, ulp / 4, 1 + ulp),  # 1 + half is a tie and would go down to 1 before the bias comes
+        (half, tiny, 1 + ulp),
+        (half + ulp, -tiny, 1 + ulp),  # 1 + 3/2 ulp is a tie and would go up to 1 + 2 ulp
+    ]
+    if bias_dtype == torch.float32:
+        cases.append((-2.0, 1 + half / 2, half / 2))  # a bias rounded to 16 bits would be 1
+    return cases
+
+
+def rounded_once(m: int, n: int, dtype: str, bias_dtype: str) -> list[tuple[float, float, bool]]:
+    """For each case: the product, the bias, and whether every element of the result is the sum rounded once."""
+    x_dtype, b_dtype = getattr(torch, dtype), getattr(torch, bias_dtype)
+    packed, scales = ones_and_zeros(n, 64)
+    found = []
+    for second, bias, expected in rounding_cases(x_dtype, b_dtype):
+        x = torch.zeros(m, 64, dtype=x_dtype)
+        x[:, 0], x[:, 1] = 1, second
+        assert float(x[0, 1]) == second
+        y = OPS.linear_nf4(x, packed, scales, torch.full((n,), bias, dtype=b_dtype), 32)
+        found.append((1 + second, bias, bool((y == expected).all())))
+    return found
+
+
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_bias_is_added_in_float32_before_the_one_rounding(
+    forced_isa: ForcedIsa, dtype: torch.dtype, bias_dtype: torch.dtype
+) -> None:
+    names = [str(d).removeprefix("torch.") for d in (dtype, bias_dtype)]
+    for m in (1, 8, 9, 24, 25, 40, 300):
+        for n in (5, 70):
+            found = forced_isa(rounded_once, m, n, *names)
+            assert [case for case in found if not case[2]] == [], (m, n)
+
+
+# --- the same bits on every run, for every number of threads ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "m"), FUSED)
+def test_fused_sizes_give_the_same_bits_for_every_number_of_threads(
+    rng: np.random.Generator, dtype: torch.dtype, m: int
+) -> None:
+    before = torch.get_num_threads()
+    for n, d, group_size in [(1000, 1000, 8), (301, 512, 64), (3, 8192, 64)]:
+        packed, scales, _ = packed_weight(rng, n, d, group_size)
+        x = torch.from_numpy(rng.standard_normal((m, d), dtype=np.float32)).to(dtype)
+        results = []
+        try:
+            for threads in (1, 2, 5, 1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(OPS.linear_nf4(x, packed, scales, None, group_size))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("m", [9, 25, 40, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_larger_sizes_give_the_same_bits_on_every_run(rng: np.random.Generator, dtype: torch.dtype, m: int) -> None:
+    packed, scales, _ = packed_weight(rng, 500, 512, 64)
+    x = torch.from_numpy(rng.standard_normal((m, 512), dtype=np.float32)).to(dtype)
+    first = OPS.linear_nf4(x, packed, scales, None, 64)
+    for _ in range(5):
+        assert torch.equal(OPS.linear_nf4(x.clone(), packed, scales, None, 64), first)
+
+
+# --- shapes and strides of x ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5), (2, 3, 4), (1, 1, 1, 50)], ids=str)
+def test_leading_dimensions_are_kept(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    packed, scales, _ = packed_weight(rng, 70, 61, 32)
+    x = torch.from_numpy(rng.standard_normal((*shape, 61), dtype=np.float32)).to(dtype)
+    bias = torch.from_numpy(rng.standard_normal(70, dtype=np.float32))
+    y = OPS.linear_nf4(x, packed, scales, bias)
+    assert y.shape == (*shape, 70)
+    assert y.is_contiguous()
+    assert torch.equal(y.reshape(-1, 70), OPS.linear_nf4(x.reshape(-1, 61), packed, scales, bias))
+
+
+@pytest.mark.parametrize("m", [4, 16, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 61])
+def test_a_strided_x_gives_the_bits_of_a_contiguous_one(
+    rng: np.random.Generator, d: int, dtype: torch.dtype, m: int
+) -> None:
+    packed, scales, _ = packed_weight(rng, 70, d, 32)
+    large = torch.from_numpy(rng.standard_normal((2 * m, 2 * d + 1), dtype=np.float32)).to(dtype)
+    strided = {
+        "rows apart": large[:m, :d],
+        "offset": large[1 : m + 1, 3 : d + 3],
+        "columns apart": large[:m, : 2 * d : 2],
+        "every second row": large[::2, :d],
+        "transposed": large[:m, :d].t().contiguous().t(),
+        "expanded": large[:1, :d].expand(m, d),
+        "three dimensions": large[:m, :d].reshape(2, m // 2, d).transpose(0, 1),
+    }
+    for name, x in strided.items():
+        found = OPS.linear_nf4(x, packed, scales)
+        assert torch.equal(found, OPS.linear_nf4(x.contiguous().clone(), packed, scales)), name
+
+
+@pytest.mark.parametrize("m", [4, 40])
+def test_strided_packed_scales_and_bias_give_the_same_bits(rng: np.random.Generator, m: int) -> None:
+    packed, scales, _ = packed_weight(rng, 70, 64, 32)
+    x = torch.from_numpy(rng.standard_normal((m, 64), dtype=np.float32))
+    bias = torch.from_numpy(rng.standard_normal(140, dtype=np.float32))
+    expected = OPS.linear_nf4(x, packed, scales, bias[::2].contiguous())
+    for p in (packed, packed.t().contiguous().t()):
+        for s in (scales, scales.t().contiguous().t(), scales.repeat(1, 2)[:, :2]):
+            assert torch.equal(OPS.linear_nf4(x, p, s, bias[::2]), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [0, 1, 40])
+def test_empty_sizes(dtype: torch.dtype, m: int) -> None:
+    packed, scales = OPS.quantize_nf4(torch.ones(6, 64))
+    bias = torch.arange(6.0)
+    assert OPS.linear_nf4(torch.ones(0, 64, dtype=dtype), packed, scales, bias).shape == (0, 6)
+    assert OPS.linear_nf4(torch.ones(3, 0, 64, dtype=dtype), packed, scales, bias).shape == (3, 0, 6)
+    no_rows = OPS.quantize_nf4(torch.ones(0, 64))
+    assert OPS.linear_nf4(torch.ones(m, 64, dtype=dtype), *no_rows, torch.ones(0)).shape == (m, 0)
+    no_columns = OPS.quantize_nf4(torch.ones(6, 0))
+    y = OPS.linear_nf4(torch.ones(m, 0, dtype=dtype), *no_columns, bias)
+    assert torch.equal(y, bias.to(dtype).expand(m, 6))
+    y = OPS.linear_nf4(torch.ones(m, 0, dtype=dtype), *no_columns)
+    assert torch.equal(y, torch.zeros(m, 6, dtype=dtype))
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_non_finite_activations_reach_their_own_row_only(rng: np.random.Generator, m: int) -> None:
+    packed, scales, _ = packed_weight(rng, 70, 61, 32)
+    x = torch.from_numpy(rng.standard_normal((m + 1, 61), dtype=np.float32))
+    clean = OPS.linear_nf4(x, packed, scales)
+    x[m, 60] = float("nan")
+    y = OPS.linear_nf4(x, packed, scales)
+    assert bool(y[m].isnan().all())
+    assert torch.equal(y[:m], clean[:m])
+
+
+# --- bounded scratch --------------------------------------------------------------------------------------------------
+
+PEAK_MEMORY = """
+import resource, sys, torch
+torch.ops.load_library(sys.argv[1])
+torch.set_num_threads(2)
+dtype = getattr(torch, sys.argv[2])
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def run(n, m):
+    packed = torch.randint(0, 256, (n, 2048), dtype=torch.uint8)
+    scales = torch.rand(n, 64)
+    x = torch.ones(m, 4096, dtype=dtype, requires_grad=True)
+    before = peak()
+    y = torch.ops.squish.linear_nf4(x, packed, scales, torch.ones(n), 64)
+    if sys.argv[3] == "backward":
+        y.sum().backward()
+    return peak() - before, y.nbytes * (2 if sys.argv[3] == "backward" else 1) + x.nbytes
+
+run(512, int(sys.argv[4]))  # what ATen sets up once
+more, results = run(32768, int(sys.argv[4]))
+print(more - results / 2**20)
+"""
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("m", [16, 40])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_call_holds_a_dense_weight(dtype: str, m: int, direction: str) -> None:
+    """It would be 512 MiB in float32 and 256 MiB in bfloat16; a call takes less than 64 MiB beside its results."""
+    arguments = [squish_nf4.library_path(), dtype, direction, str(m)]
+    done = subprocess.run([sys.executable, "-c", PEAK_MEMORY, *arguments], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64
