@@ -1,6 +1,6 @@
 """Builds two shared libraries: the op library (no Python in it) and the pybind11 module that Python imports.
 
-Everything that can be missing (torch, a compiler, Python.h, a CUDA toolkit) is looked for first and named in one sentence.
+Whatever can be missing (torch, a compiler, Python.h, a CUDA toolkit) is looked for first and named in one sentence.
 Environment: SQUISH_CUDA=0|1 (default: CUDA if a toolkit of torch's CUDA major is found), CUDA_HOME, CXX, MAX_JOBS,
 TORCH_CUDA_ARCH_LIST.
 """
@@ -14,22 +14,34 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 OP_LIBRARY = "libsquish_nf4"
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja of a venv
-
 try:
     import torch
 except ImportError:
     torch = None
+
+
+def put_ninja_on_path() -> None:
+    """The ninja that pip installed: a venv that is used without being activated does not have it on PATH."""
+    try:
+        files = metadata.files("ninja") or []
+    except metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if file.name == "ninja":
+            folder = Path(str(file.locate())).resolve().parent
+            os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def stop(sentence: str) -> NoReturn:
@@ -44,8 +56,8 @@ def require_platform() -> None:
 def require_torch() -> None:
     if torch is None:
         stop(
-            "torch is not installed in the environment that builds; it compiles against the torch you will run, so install "
-            "torch first and then type: pip install --no-build-isolation ."
+            "torch is not installed in the environment that builds, but the build has to see the torch that you will "
+            "run; install torch first and then type: pip install --no-build-isolation ."
         )
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if not (2, 13) <= version < (2, 15):
@@ -53,23 +65,29 @@ def require_torch() -> None:
 
 
 def require_python_headers() -> None:
-    include = Path(os.environ.get("SQUISH_PYTHON_INCLUDE", sysconfig.get_path("include")))
+    include = Path(sysconfig.get_path("include"))
     if not (include / "Python.h").is_file():
         stop(f"Python.h is not in {include}; install the Python headers (Debian: apt install python3-dev).")
 
 
+def compiler() -> list[str]:
+    """The C++ compiler and its first arguments, as torch chooses it."""
+    return (os.environ.get("CXX") or "c++").split()
+
+
 def require_cpp20_compiler() -> None:
-    compiler = os.environ.get("CXX", "c++")
+    name = " ".join(compiler())
+    advice = "install g++ 11 or newer (Debian: apt install g++), or set CXX."
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <bit>\nint main() { return std::bit_cast<int>(0.0f); }\n")
+        command = [*compiler(), "-std=c++20", "-fopenmp", "-c", str(source), "-o", f"{folder}/probe.o"]
         try:
-            command = [*compiler.split(), "-std=c++20", "-fopenmp", "-c", str(source), "-o", str(source.with_suffix(".o"))]
             probe = subprocess.run(command, capture_output=True, text=True)
-        except FileNotFoundError:
-            stop(f"the C++ compiler '{compiler}' was not found; install g++ 11 or newer (Debian: apt install g++) or set CXX.")
+        except OSError:
+            stop(f"the C++ compiler '{name}' does not run; {advice}")
     if probe.returncode != 0:
-        stop(f"the C++ compiler '{compiler}' does not compile C++20 with OpenMP; g++ 11 or newer is wanted (or set CXX).")
+        stop(f"the C++ compiler '{name}' does not compile C++20 with OpenMP; {advice}")
 
 
 def toolkit_version(root: Path) -> str | None:
@@ -83,11 +101,14 @@ def toolkit_version(root: Path) -> str | None:
 
 
 def toolkit_of_nvcc_on_path() -> Path | None:
-    """The toolkit's root as nvcc itself reports it: the nvcc on PATH may be a link or a wrapper that lives elsewhere."""
+    """The toolkit's root as nvcc itself reports it: the nvcc on PATH may be a link or a wrapper from elsewhere."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return None
-    dryrun = subprocess.run([nvcc, "-v", "--dryrun", "probe.cu"], capture_output=True, text=True)
+    try:
+        dryrun = subprocess.run([nvcc, "-v", "--dryrun", "probe.cu"], capture_output=True, text=True)
+    except OSError:
+        return None
     found = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE)
     return Path(found.group(1).strip()).resolve() if found else None
 
@@ -103,6 +124,8 @@ def find_cuda_toolkit() -> tuple[Path, str] | None:
     wanted = torch.version.cuda
     reason = "this torch is a CPU build" if wanted is None else f"no CUDA {wanted.split('.')[0]} toolkit was found"
     explicit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if wanted and explicit:
+        reason = f"no nvcc runs in {explicit}/bin, where CUDA_HOME points"
     places = [Path(explicit)] if explicit else [toolkit_of_nvcc_on_path(), Path("/usr/local/cuda")]
     for root in places if wanted else []:
         version = toolkit_version(root) if root else None
@@ -118,7 +141,7 @@ def find_cuda_toolkit() -> tuple[Path, str] | None:
 
 
 def compiler_version() -> str:
-    out = subprocess.run([*os.environ.get("CXX", "c++").split(), "--version"], capture_output=True, text=True).stdout
+    out = subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
     return out.splitlines()[0] if out else "unknown"
 
 
@@ -152,7 +175,7 @@ def configure_op_library(extension: Extension, toolkit: tuple[Path, str] | None)
     extension.extra_compile_args = {"cxx": flags + headers}
     if toolkit:
         root, version = toolkit
-        extension.sources += sources("cuda") + ["csrc/ops/cuda.cpp"]
+        extension.sources += [*sources("cuda"), "csrc/ops/cuda.cpp"]
         extension.include_dirs.append(str(root / "include"))
         extension.library_dirs += [str(root / lib) for lib in ("lib64", "lib") if (root / lib).is_dir()]
         extension.libraries += ["c10_cuda", "cudart"]
@@ -183,12 +206,12 @@ def build_command() -> type[build_ext]:
     class BuildNative(base):  # type: ignore[misc,valid-type]
         def finalize_options(self) -> None:
             super().finalize_options()
-            if self.inplace or getattr(self, "editable_mode", False):
-                self.build_temp = str(ROOT / "build" / "objects")  # kept, so that the next build is incremental
+            self.build_temp = str(ROOT / "build" / "objects")  # kept: every build begins where the last one ended
 
         def run(self) -> None:
             require_platform()
             require_torch()
+            put_ninja_on_path()
             require_cpp20_compiler()
             require_python_headers()
             toolkit = find_cuda_toolkit()
@@ -215,11 +238,20 @@ def build_command() -> type[build_ext]:
     return BuildNative
 
 
+class DistInfo(dist_info):
+    """What pip asks for first: without torch it is told at once, not after fetching the dependencies."""
+
+    def run(self) -> None:
+        require_platform()
+        require_torch()
+        super().run()
+
+
 op_sources = [source for source in sources("cpu", "ops") if source != "csrc/ops/cuda.cpp"]
 setup(
     ext_modules=[
         Extension(f"squish_nf4.{OP_LIBRARY}", op_sources, language="c++"),
         Extension("squish_nf4._C", sources("python"), language="c++"),
     ],
-    cmdclass={"build_ext": build_command()},
+    cmdclass={"build_ext": build_command(), "dist_info": DistInfo},
 )

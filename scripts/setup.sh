@@ -55,15 +55,15 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
   printf '%s\n' "$wanted" > "$stamp"
 fi
 
-echo "== building the extension (the first time a minute, or two and a half with CUDA; later only what changed)"
+echo "== building the extension (the first time a minute or two, later only what changed; log in .venv/build.log)"
 started=$(date +%s)
-{ .venv/bin/python setup.py build_ext --inplace || echo "squish_nf4: build failed"; } > .venv/build.log 2>&1
-if tail -n 1 .venv/build.log | grep -q '^squish_nf4: build failed$'; then
-  cat .venv/build.log >&2
-  fail "the build failed; see above."
+{ .venv/bin/python setup.py build_ext --inplace 2>&1 || echo "squish_nf4: failed"; } | tee .venv/build.log |
+  sed -nu -e '/^squish_nf4: failed/d; /^squish_nf4:/p' -e 's|^\(\[[0-9]*/[0-9]*\]\).* -c [^ ]*/\(csrc/[^ ]*\) -o .*|   \1 \2|p'
+if [ "$(tail -n 1 .venv/build.log)" = "squish_nf4: failed" ]; then
+  grep -E 'error|Error' .venv/build.log | head -n 20 >&2 || true
+  fail "the build failed; all of its output is in .venv/build.log"
 fi
-grep '^squish_nf4:' .venv/build.log || true
 echo "== built in $(($(date +%s) - started)) s"
-if ! .venv/bin/python -m pip show --quiet squish_nf4 >/dev/null 2>&1; then
+if [ ! -x .venv/bin/squish-nf4 ]; then
   install --quiet --no-build-isolation --no-deps --editable .
 fi

@@ -13,7 +13,12 @@ from squish_nf4 import _native
 from squish_nf4._native import library_path
 from squish_nf4._version import __version__
 
-_native.load()
+try:
+    _native.load()
+except ImportError as reason:
+    if _native.is_starting_the_command():
+        raise SystemExit(f"squish-nf4: {reason}") from None  # a sentence for its user, not a traceback
+    raise
 
 from squish_nf4.layout import pick_group_size  # noqa: E402  (the modules below call the operators)
 from squish_nf4.linear import NF4Linear  # noqa: E402
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "convert": "squish_nf4.convert",
-    "quantize_tensor": "squish_nf4.convert",
+    "quantize_tensor": "squish_nf4.encode",
     "load_npy_dir": "squish_nf4.npy_dir",
 }
 

@@ -14,7 +14,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("squish_nf4"):
             raise
-        sys.exit(f"squish-nf4: the command line needs {error.name}, which is not installed; type: pip install typer rich")
+        sys.exit(
+            f"squish-nf4: the command line needs {error.name}, which is not installed; type: pip install typer rich"
+        )
     app(prog_name="squish-nf4")
 
 

@@ -6,6 +6,7 @@ what setup.py wrote down at build time is compared first, and a misfit becomes o
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,12 @@ def _other_copy() -> str | None:
         if path.endswith(_OP_LIBRARY.name) and not Path(f"/{path}").samefile(_OP_LIBRARY):
             return f"/{path}"
     return None
+
+
+def is_starting_the_command() -> bool:
+    """Whether the package is being imported by ``squish-nf4`` or ``python -m squish_nf4``, before either can catch."""
+    program = sys.argv[0] if sys.argv else ""
+    return Path(program).name == "squish-nf4" or (program == "-m" and "squish_nf4" in sys.orig_argv)
 
 
 def load() -> ModuleType:

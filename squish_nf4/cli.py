@@ -27,7 +27,9 @@ def errors_in_one_sentence() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        terminal.complain(f"this needs the package {error.name}, which is not installed; type: pip install {error.name}")
+        terminal.complain(
+            f"this needs the package {error.name}, which is not installed; type: pip install {error.name}"
+        )
     except (ImportError, OSError, ValueError, TypeError) as error:
         terminal.complain(str(error))
     except KeyboardInterrupt:
@@ -55,7 +57,8 @@ def options(
 @app.command()
 def convert(
     source: Annotated[
-        Path | None, typer.Argument(metavar="IN", help="A .safetensors file, or a model's directory.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="IN", help="A .safetensors file, or a model's directory.", show_default=False),
     ] = None,
     target: Annotated[
         Path | None, typer.Argument(metavar="OUT", help="A new or empty directory.", show_default=False)

@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import squish_nf4
-from squish_nf4.convert import ConvertReport
 from squish_nf4.demo_sentences import SENTENCES
+from squish_nf4.report import ConvertReport
 
 Floats = NDArray[np.float64]
 Step = Callable[[str], AbstractContextManager[None]]
@@ -39,6 +39,7 @@ EXTRAS = {  # import name -> the name pip knows
 }
 CHECKPOINT = "minilm-nf4"
 PICTURE = "minilm-nf4.png"
+PATIENCE = 8.0  # seconds of timing, after which no further round begins
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def run(
         quantized = squish_nf4.quantize_model(nf4[0].model.encoder)
     with step(f"Encoding {len(sentences)} sentences with both"):
         agreement = compare(encode(dense, sentences), encode(nf4, sentences))
-    with step(f"Timing both, {rounds} rounds in turn"):
+    with step("Timing both, in turn"):
         in_one_batch = time_both(dense, nf4, sentences, len(sentences), rounds)
         one_by_one = time_both(dense, nf4, sentences, 1, rounds)
     with step("Drawing the picture"):
@@ -188,7 +189,7 @@ def load_model() -> Any:
         import transformers
         from sentence_transformers import SentenceTransformer
 
-        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         return SentenceTransformer(str(model_folder()), device="cpu").eval()
 
 
@@ -228,9 +229,9 @@ def ranks(values: Floats) -> Floats:
 
 
 def time_both(dense: Any, nf4: Any, sentences: Sequence[str], batch_size: int, rounds: int) -> Seconds:
-    """The models take turns, so that a change in the machine's speed meets both."""
+    """The models take turns, so that a change in the machine's speed meets both. Fewer rounds on a slow machine."""
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
+    while len(times[0]) < rounds and (len(times[0]) < 3 or sum(map(sum, times)) < PATIENCE):
         for model, taken in zip((dense, nf4), times, strict=True):
             started = time.perf_counter()
             encode(model, sentences, batch_size)

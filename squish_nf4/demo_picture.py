@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ ROLES = {
     "intermediate.dense": "up",
     "output.dense": "down",
 }
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -36,7 +36,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
-    "axes.titlepad": 10,
+    "axes.titlepad": 22,
     "xtick.color": GREY,
     "ytick.color": GREY,
     "xtick.labelcolor": INK,
@@ -53,7 +53,7 @@ def draw(path: Path, quantized: QuantizeReport, agreement: Agreement) -> Path:
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(14, 9), dpi=150, facecolor="white")
-        grid = figure.add_gridspec(1, 3, width_ratios=(1, 1, 1.9), left=0.115, right=0.975, top=0.83, bottom=0.075)
+        grid = figure.add_gridspec(1, 3, width_ratios=(1, 1, 2.15), left=0.115, right=0.985, top=0.82, bottom=0.075)
         grid.update(wspace=0.14)
         sizes = figure.add_subplot(grid[0])
         errors = figure.add_subplot(grid[1], sharey=sizes)
@@ -62,7 +62,7 @@ def draw(path: Path, quantized: QuantizeReport, agreement: Agreement) -> Path:
         draw_sizes(sizes, quantized.layers)
         draw_errors(errors, quantized.layers)
         draw_similarities(similarities, agreement)
-        similarities.set_anchor("E")
+        similarities.set_anchor("NE")
         figure.savefig(path)
     return path
 
@@ -84,7 +84,8 @@ def draw_head(figure: Any, quantized: QuantizeReport, agreement: Agreement) -> N
 def positions(layers: tuple[LayerReport, ...]) -> Any:
     """From the top down, with a gap between the blocks of the encoder."""
     blocks = [block_of(layer.name) for layer in layers]
-    return np.arange(len(layers)) + 0.8 * np.array([sum(a != b for a, b in zip(blocks[:i], blocks[1:], strict=False)) for i in range(len(blocks))])
+    begins = np.array([False] + [above != below for above, below in pairwise(blocks)])
+    return np.arange(len(layers)) + 0.8 * begins.cumsum()
 
 
 def block_of(name: str) -> str:
@@ -129,22 +130,24 @@ def draw_sizes(axes: Any, layers: tuple[LayerReport, ...]) -> None:
 def draw_errors(axes: Any, layers: tuple[LayerReport, ...]) -> None:
     y = positions(layers)
     errors = np.array([layer.relative_rms_error or 0.0 for layer in layers])
-    axes.hlines(y, 0, 1, transform=axes.get_yaxis_transform(), color=FAINT, linewidth=0.6, zorder=1)
+    axes.hlines(y, 0, 0.98, transform=axes.get_yaxis_transform(), color=FAINT, linewidth=0.6, zorder=1)
     axes.scatter(errors, y, s=30, color=BLUE, zorder=3)
     axes.set_title("Relative error of its weights")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     axes.tick_params(axis="y", length=0, labelleft=False)
     axes.spines["left"].set_visible(False)
     expected = GAUSSIAN_ERROR.get(layers[0].group_size)
     if expected is not None:
         axes.axvline(expected, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
-        axes.text(expected, y[0] - 0.85, " normal weights", color="#666666", size=8, va="bottom", ha="left")
+        label = {"color": "#666666", "size": 8, "va": "bottom", "ha": "center"}
+        axes.text(expected, 1.005, "normal weights", transform=axes.get_xaxis_transform(), **label)
     low, high = min(errors.min(), expected or 1.0), errors.max()
     axes.set_xlim(low - 0.2 * (high - low), high + 0.2 * (high - low))
 
 
 def draw_similarities(axes: Any, agreement: Agreement) -> None:
     row, column = np.triu_indices(len(agreement.cosine), 1)
-    paraphrase = (row // 2 == column // 2)
+    paraphrase = row // 2 == column // 2
     dense, nf4 = agreement.dense[row, column], agreement.nf4[row, column]
     low, high = float(min(dense.min(), nf4.min())) - 0.04, 1.0
     axes.plot((low, high), (low, high), color=GREY, linewidth=1, zorder=1)
@@ -156,10 +159,8 @@ def draw_similarities(axes: Any, agreement: Agreement) -> None:
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal")
-    label_cloud(axes, dense[paraphrase], nf4[paraphrase], "paraphrases", ORANGE)
-    label_cloud(axes, dense[~paraphrase], nf4[~paraphrase], "all other pairs", BLUE)
-
-
-def label_cloud(axes: Any, x: Any, y: Any, text: str, color: str) -> None:
-    """Beside the cloud, below the diagonal, where no point is."""
-    axes.text(float(np.median(x)) + 0.13, float(np.median(y)) - 0.1, text, color=color, weight="bold", ha="left", va="top")
+    beside = {"weight": "bold"}
+    x, y = np.median(dense[paraphrase]), np.median(nf4[paraphrase])
+    axes.text(x - 0.09, y + 0.06, "paraphrases", color=ORANGE, ha="right", va="bottom", **beside)
+    x, y = np.median(dense[~paraphrase]), np.median(nf4[~paraphrase])
+    axes.text(x + 0.15, y - 0.09, "all other pairs", color=BLUE, ha="left", va="top", **beside)

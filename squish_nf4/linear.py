@@ -15,27 +15,31 @@ from squish_nf4.ops import refuse_non_finite
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _refuse_value(method: str) -> Any:
+    def refuse(self: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            f"NF4Linear: weight holds packed NF4 bytes, and weight.{method}() would not set the weights; "
+            "use reset_parameters(), NF4Linear.from_linear or load_state_dict with a dense weight"
+        )
+
+    return refuse
+
+
 class PackedWeight(nn.Parameter):
     """Packed nibbles as a Parameter: they move, save and share like one, and are never trained or overwritten by value.
 
     A parent's requires_grad_() reaches every parameter and torch refuses it for integers; here it is ignored. A value
-    written into the bytes would not be that value: zero bytes decode to minus the scale.
+    written into the bytes would not be that value: zero bytes decode to minus the scale. So the methods that nn.init
+    calls are refused.
     """
 
     def requires_grad_(self, requires_grad: bool = True) -> "PackedWeight":
         return self
 
-    def zero_(self) -> NoReturn:
-        self._refuse_value("zero_")
-
-    def fill_(self, value: Any) -> NoReturn:
-        self._refuse_value("fill_")
-
-    def _refuse_value(self, method: str) -> NoReturn:
-        raise TypeError(
-            f"NF4Linear: weight holds packed NF4 bytes, and weight.{method}() would not set the weights; "
-            "use reset_parameters(), NF4Linear.from_linear or load_state_dict with a dense weight"
-        )
+    zero_ = _refuse_value("zero_")
+    fill_ = _refuse_value("fill_")
+    normal_ = _refuse_value("normal_")
+    uniform_ = _refuse_value("uniform_")
 
 
 def quantize_padded(what: str, weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -208,7 +212,9 @@ class NF4Linear(nn.Linear):
                 return fn(tensor)  # the bias and its gradient
             moved = fn(tensor.view(torch.uint8))
             if moved.dtype != torch.uint8:
-                raise TypeError(f"NF4Linear: packed bytes cannot be cast to {moved.dtype}; use .to(dtype), not .type(dtype)")
+                raise TypeError(
+                    f"NF4Linear: packed bytes cannot be cast to {moved.dtype}; use .to(dtype), not .type(dtype)"
+                )
             return moved.view(tensor.dtype)
 
         super()._apply(keep_bytes, recurse)
@@ -248,9 +254,7 @@ class NF4Linear(nn.Linear):
         except (ValueError, TypeError) as error:
             error_msgs.append(str(error))
             return
-        super()._load_from_state_dict(
-            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._keep_packed_weight()
 
     def _prepare_state(self, own: dict[str, Any], prefix: str) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
-# Elements looked at in one step. Copies in wider types then stay in a cache, and torch works on the calling thread alone:
-# for steps of this kind, waking more threads costs more than they bring.
+# Elements looked at in one step. Copies in wider types then stay in a cache, and torch keeps to the calling thread: for
+# steps as short as these, waking more threads costs more than they bring.
 TILE = 2**15
 
 # Floats that numpy has no type for. Every one of their values is a float32.

@@ -1,6 +1,6 @@
 """Checks of the operators on this machine, against values that are not the library's own.
 
-Each check returns a sentence on what held, or raises Wrong with what did not.
+Each check returns a sentence on what held, or raises WrongError with what did not.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from squish_nf4 import _C, ops
 Check = Callable[[torch.device], str]
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """A check found a value that it did not expect."""
 
 
 def expect(holds: bool | Tensor, otherwise: str) -> None:
     if not holds:
-        raise Wrong(otherwise)
+        raise WrongError(otherwise)
 
 
 def levels(device: torch.device) -> Tensor:
@@ -36,7 +36,7 @@ def random(*shape: int, device: torch.device, seed: int = 1) -> Tensor:
 
 
 def levels_are_quantiles(device: torch.device) -> str:
-    """NF4 as QLoRA derives it: 8 and 7 equally likely quantiles of the normal distribution and zero, scaled to [-1, 1]."""
+    """NF4 as QLoRA derives it: 8 and 7 evenly spaced quantiles of the normal distribution, and 0; the last is 1."""
     tail, normal = 0.9677083, NormalDist()
     above = [normal.inv_cdf(tail + (0.5 - tail) * i / 8) for i in range(8)]
     below = [-normal.inv_cdf(tail + (0.5 - tail) * i / 7) for i in range(7)]
@@ -87,7 +87,9 @@ def every_weight_takes_the_nearest_level(device: torch.device) -> str:
         distances = (groups / expected[..., None]).unsqueeze(-1).sub(levels(device)).abs()
         index = distances.argmin(-1).view(64, 512).to(torch.uint8)
         expect(torch.equal(scales, expected), f"a scale of {dtype} weights is not the largest magnitude")
-        expect(torch.equal(packed, index[:, 0::2] | index[:, 1::2] << 4), f"a {dtype} weight is not at its nearest level")
+        expect(
+            torch.equal(packed, index[:, 0::2] | index[:, 1::2] << 4), f"a {dtype} weight is not at its nearest level"
+        )
     returned = ops.dequantize_nf4(packed, scales, 32)
     error = float((returned - w).norm() / w.norm())
     expect(0.084 < error < 0.090, f"the relative error of normal weights is {error:.4f}, not near 0.087")
@@ -108,7 +110,9 @@ def linear_equals_float64(device: torch.device) -> str:
             result = ops.linear_nf4(x, packed, scales, bias, 64).double()
             exact = x.double() @ w.T + bias
             bound = (x.double().abs() @ w.abs().T + bias.abs()) * max(torch.finfo(dtype).eps, 512 * 2.0**-24)
-            expect(((result - exact).abs() <= bound).all(), f"{rows} rows of {dtype} are farther off than rounding allows")
+            expect(
+                ((result - exact).abs() <= bound).all(), f"{rows} rows of {dtype} are farther off than rounding allows"
+            )
             if dtype == torch.float32:
                 worst = max(worst, float((result - exact).norm() / exact.norm()))
     return f"1, 7 and 300 rows in 3 dtypes; float32 to {worst:.0e}"
@@ -156,7 +160,9 @@ def device_equals_cpu(device: torch.device) -> str:
     for group_size in (2, 32, 64, 96):
         packed, scales = ops.quantize_nf4(w, group_size)
         there_packed, there_scales = ops.quantize_nf4(w.to(device), group_size)
-        expect(torch.equal(packed, there_packed.cpu()), f"packed bytes differ from the CPU's at group size {group_size}")
+        expect(
+            torch.equal(packed, there_packed.cpu()), f"packed bytes differ from the CPU's at group size {group_size}"
+        )
         expect(torch.equal(scales, there_scales.cpu()), f"scales differ from the CPU's at group size {group_size}")
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             here = ops.dequantize_nf4(packed, scales, group_size, dtype=dtype)

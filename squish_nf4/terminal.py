@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from squish_nf4 import convert
+    from squish_nf4.convert import Progress as Converting
     from squish_nf4.report import ConvertReport, TensorReport
 
 WIDTH_OF_A_FILE = 120  # where there is no terminal whose width could be asked for
@@ -69,7 +69,7 @@ def step(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def conversion_progress() -> Iterator[Callable[[convert.Progress], None] | None]:
+def conversion_progress() -> Iterator[Callable[[Converting], None] | None]:
     """Yields what convert() calls with its progress: a bar on a terminal's stderr, nothing elsewhere."""
     err = console(stderr=True)
     if not err.is_terminal:
@@ -79,7 +79,7 @@ def conversion_progress() -> Iterator[Callable[[convert.Progress], None] | None]
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("")
 
-        def show(progress: convert.Progress) -> None:
+        def show(progress: Converting) -> None:
             name = escape(progress.tensor)
             bar.update(task, description=name, completed=progress.bytes_done, total=progress.bytes_total)
 
@@ -113,16 +113,10 @@ def kinds(report: ConvertReport, title: str | None = None) -> Table:
         groups[label].append(tensor)
     table = plain_table("", "tensors", "before", "after", "ratio", "bits per weight", title=title)
     for label, tensors in groups.items():
-        table.add_row(label, *sums(tensors), bits(tensors))
+        table.add_row(label, *sums(tensors), f"{tensors[0].bits_per_weight:.2f}" if tensors[0].group_size else "")
     table.add_section()
     table.add_row("all", *sums(list(report.tensors)), "", style="bold")
     return table
-
-
-def bits(tensors: list[TensorReport]) -> str:
-    found = sorted(tensor.bits_per_weight for tensor in tensors)
-    lowest, highest = f"{found[0]:.2f}", f"{found[-1]:.2f}"
-    return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
 def sums(tensors: list[TensorReport]) -> tuple[str, str, str, str]:
@@ -141,13 +135,15 @@ def reasons(report: ConvertReport) -> Table:
         names = [tensor.name for tensor in sorted(tensors, key=lambda tensor: -tensor.bytes_in)]
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         table.add_row(
-            escape(reason), str(len(names)), size(sum(t.bytes_out for t in tensors)), escape(", ".join(names[:2]) + more)
+            escape(reason),
+            str(len(names)),
+            size(sum(t.bytes_out for t in tensors)),
+            escape(", ".join(names[:2]) + more),
         )
     return table
 
 
 def kind_of_reason(reason: str) -> str:
-    """A reason without what is true of one tensor only: "outlier row 7 (max|w| is ...)" -> "outlier row"."""
-    if reason.startswith("on passthrough"):
-        return reason
-    return re.sub(r" row \d+", " row", reason.partition(" (")[0])
+    """A reason without what is true of one tensor only: its row, its largest value, its columns."""
+    reason = re.sub(r"^outlier row \d+ \(.*(threshold .*)\)$", r"outlier row (\1)", reason)
+    return re.sub(r"^(odd number of columns) .*$", r"\1", reason)

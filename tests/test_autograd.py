@@ -19,6 +19,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The operator is linear: a wide step costs no truncation error, and in float32 it keeps the rounding error small.
 NUMERIC = {"eps": 1e-1, "atol": 1e-3, "rtol": 1e-3}
 
+NOT_DOUBLE = pytest.mark.filterwarnings(r"ignore:Input #\d requires gradient and is not a double precision:UserWarning")
+JIT = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # forward_ad scripts too
+
 
 def weight(n: int = 6, d: int = 64, group_size: int = 32) -> tuple[Tensor, Tensor]:
     return OPS.quantize_nf4(torch.randn(n, d, generator=torch.Generator().manual_seed(1)), group_size)
@@ -47,7 +50,7 @@ CHECKED = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double precision:UserWarning")
+@NOT_DOUBLE
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 @pytest.mark.parametrize(("shape", "group_size", "n"), CHECKED)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
@@ -64,7 +67,7 @@ def test_gradients_are_those_of_finite_differences(
         assert check(lambda x: OPS.linear_nf4(x, packed, scales, None, group_size), (leaf(*shape),), **NUMERIC)
 
 
-@pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double precision:UserWarning")
+@NOT_DOUBLE
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_the_gradient_operator_has_gradients_of_its_own(check: Callable[..., bool]) -> None:
     packed, scales = weight()
@@ -140,7 +143,7 @@ def strided(kind: str, m: int, n: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["expanded", "one row expanded", "transposed", "columns apart", "rows apart"])
 @pytest.mark.parametrize("m", [3, 40])
-def test_a_strided_dy_gives_the_bits_of_a_contiguous_one(kind: str, m: int) -> None:
+def test_a_strided_dy_gives_the_gradients_of_a_contiguous_one(kind: str, m: int) -> None:
     packed, scales = weight()
     dy = strided(kind, m, 6)
     results = []
@@ -148,7 +151,7 @@ def test_a_strided_dy_gives_the_bits_of_a_contiguous_one(kind: str, m: int) -> N
         x, bias = leaf(m, 61), leaf(6)
         results.append(torch.autograd.grad(OPS.linear_nf4(x, packed, scales, bias), (x, bias), gradient))
     assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-4)  # at::sum's order depends on the strides
 
 
 def test_sum_backward_with_a_strided_x() -> None:
@@ -197,8 +200,7 @@ def test_a_gradient_penalty_reaches_what_came_before() -> None:
         return result
 
     found, expected = penalty(lambda x: OPS.linear_nf4(x, packed, scales)), penalty(lambda x: x @ w.T)
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
-    assert bool(found.any())
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_backward_twice_needs_retain_graph_and_then_accumulates() -> None:
@@ -264,22 +266,21 @@ def test_functional_call_takes_gradients_of_the_bias() -> None:
 # --- what is refused, and the modes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["x", "bias"])
+@JIT
+@pytest.mark.parametrize("which", ["x", "bias", "dy"])
 def test_forward_mode_is_refused_in_words(which: str) -> None:
     packed, scales = weight()
-    x, bias = torch.randn(3, 64), torch.randn(6)
-    with fwad.dual_level(), pytest.raises(NotImplementedError, match=r"linear_nf4: forward-mode .*use reverse mode"):
-        if which == "x":
-            x = fwad.make_dual(x, torch.ones(3, 64))
-        else:
-            bias = fwad.make_dual(bias, torch.ones(6))
-        OPS.linear_nf4(x, packed, scales, bias)
-
-
-def test_forward_mode_of_the_gradient_operator_is_refused_in_words() -> None:
-    packed, scales = weight()
-    with fwad.dual_level(), pytest.raises(NotImplementedError, match="_linear_nf4_grad_x: forward-mode"):
-        OPS._linear_nf4_grad_x(fwad.make_dual(torch.randn(3, 6), torch.ones(3, 6)), packed, scales, 32, 64)
+    with fwad.dual_level():
+        x, bias, dy = torch.randn(3, 64), torch.randn(6), torch.randn(3, 6)
+        if which == "dy":
+            dy = fwad.make_dual(dy, torch.ones_like(dy))
+            with pytest.raises(NotImplementedError, match=r"^_linear_nf4_grad_x: forward-mode .*use reverse mode"):
+                OPS._linear_nf4_grad_x(dy, packed, scales, 32, 64)
+            return
+        x = fwad.make_dual(x, torch.ones_like(x)) if which == "x" else x
+        bias = fwad.make_dual(bias, torch.ones_like(bias)) if which == "bias" else bias
+        with pytest.raises(NotImplementedError, match=r"^linear_nf4: forward-mode .*use reverse mode"):
+            OPS.linear_nf4(x, packed, scales, bias)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -304,7 +305,7 @@ def test_inference_tensors_compute_and_are_refused_for_training() -> None:
         OPS.linear_nf4(leaf(3, 64), packed, scales)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+@JIT
 def test_a_scripted_module_has_the_gradients_of_the_layer() -> None:
     layer = NF4Linear(61, 6)
     scripted = torch.jit.script(layer)

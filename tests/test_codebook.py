@@ -14,14 +14,15 @@ from tests import reference
 from tests.compiling import ROOT, run
 from tests.helpers import require
 
-BOUNDARIES = [
-    float.fromhex(digits)
-    for digits in (
-        "-0x1.b239b2p-1 -0x1.38a4e2p-1 -0x1.d709p-2 -0x1.5bd4eep-2 -0x1.e079dap-3 -0x1.1a7178p-3 -0x1.74f0e2p-5 "
-        "0x1.45f5fep-5 0x1.ec90c4p-4 0x1.a0cfcp-3 0x1.2b05a8p-2 0x1.8ea7f2p-2 0x1.00da06p-1 0x1.491b5ep-1 0x1.b913b2p-1"
-    ).split()
-]
+# fmt: off
+BOUNDARIES = [float.fromhex(digits) for digits in [
+    "-0x1.b239b2p-1", "-0x1.38a4e2p-1", "-0x1.d709p-2", "-0x1.5bd4eep-2", "-0x1.e079dap-3", "-0x1.1a7178p-3",
+    "-0x1.74f0e2p-5", "0x1.45f5fep-5", "0x1.ec90c4p-4", "0x1.a0cfcp-3", "0x1.2b05a8p-2", "0x1.8ea7f2p-2",
+    "0x1.00da06p-1", "0x1.491b5ep-1", "0x1.b913b2p-1",
+]]
+# fmt: on
 CODEBOOK = "csrc/nf4/codebook.h"
+ORACLES = {"squish_nf4/self_test.py"}  # states the nibble order once more on purpose: the library is compared with it
 
 
 def nearest_level(x: np.float32) -> int:
@@ -116,14 +117,18 @@ def test_order_of_the_nibbles_is_written_in_the_codebook_alone() -> None:
     sources += (ROOT / "squish_nf4").glob("*.py")
     names = {path.relative_to(ROOT).as_posix() for path in sources}
     assert {CODEBOOK, "csrc/nf4/codec.h", "csrc/cpu/avx512.cpp", "squish_nf4/ops.py"} <= names
-    found = {str(path.relative_to(ROOT)): nibble_arithmetic(code_without_comments(path)) for path in sources}
-    assert {name: hits for name, hits in found.items() if hits} == {}
+    found = {path.relative_to(ROOT).as_posix(): nibble_arithmetic(code_without_comments(path)) for path in sources}
+    assert {name: hits for name, hits in found.items() if hits and name not in ORACLES} == {}
 
 
-@pytest.mark.parametrize(
-    "code",
-    ["byte >> 4", "high<<4 | low", "byte & 15", "byte & 0x0F", "b & 0xF0u", "byte % 16", "byte // 16", "byte &= 15"]
-    + ["_mm256_srli_epi16(bytes, 4)", "np.bitwise_and(packed, 15)", "np.right_shift(packed, 4)"],
-)
+# fmt: off
+NIBBLES = [
+    "byte >> 4", "high<<4 | low", "byte & 15", "byte & 0x0F", "b & 0xF0u", "byte % 16", "byte // 16", "byte &= 15",
+    "_mm256_srli_epi16(bytes, 4)", "np.bitwise_and(packed, 15)", "np.right_shift(packed, 4)",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("code", NIBBLES)
 def test_search_for_nibbles_finds_them(code: str) -> None:
     assert len(nibble_arithmetic(code)) == 1

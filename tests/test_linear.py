@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from math import lcm
 
 import numpy as np
@@ -14,6 +12,7 @@ from torch import Tensor
 
 import squish_nf4
 from tests import reference
+from tests.fresh_process import run_python
 from tests.helpers import ForcedIsa
 
 OPS = torch.ops.squish
@@ -311,6 +310,5 @@ print(more - results / 2**20)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_call_holds_a_dense_weight(dtype: str, m: int, direction: str) -> None:
     """It would be 512 MiB in float32 and 256 MiB in bfloat16; a call takes less than 64 MiB beside its results."""
-    arguments = [squish_nf4.library_path(), dtype, direction, str(m)]
-    done = subprocess.run([sys.executable, "-c", PEAK_MEMORY, *arguments], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 64
+    scratch = float(run_python(PEAK_MEMORY, squish_nf4.library_path(), dtype, direction, m))
+    assert scratch < 64

@@ -1,4 +1,4 @@
-"""csrc/nf4 and csrc/cpu without torch and without Python: tests/native/test_*.cpp, one program, built in several ways."""
+"""csrc/nf4 and csrc/cpu without torch or Python: tests/native/test_*.cpp, one program, built in several ways."""
 
 from __future__ import annotations
 
