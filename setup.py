@@ -7,6 +7,7 @@ TORCH_CUDA_ARCH_LIST.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
@@ -51,6 +53,12 @@ def stop(sentence: str) -> NoReturn:
 def require_platform() -> None:
     if not sys.platform.startswith("linux"):
         stop(f"building on {sys.platform} is not supported; squish_nf4 is built and tested on Linux (x86-64) only.")
+
+
+def require_setuptools() -> None:
+    """Without build isolation nobody else looks at [build-system] requires, and Python 3.11's venv brings 65.5."""
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        stop(f"setuptools {setuptools.__version__} is installed; type: pip install 'setuptools>=77.0.3' ninja")
 
 
 def require_torch() -> None:
@@ -150,6 +158,11 @@ def sources(*folders: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / "csrc" / folder).glob("*.c*"))
 
 
+def cpu_sources() -> list[str]:
+    """Of the op library; with CUDA it also takes csrc/cuda and csrc/ops/cuda.cpp."""
+    return [source for source in sources("cpu", "ops") if source != "csrc/ops/cuda.cpp"]
+
+
 def write_build_info(folder: Path, cuda: str | None) -> None:
     """What the package checks before it loads a native file: see squish_nf4/_native.py."""
     lines = [
@@ -165,17 +178,18 @@ def write_build_info(folder: Path, cuda: str | None) -> None:
 
 def configure_op_library(extension: Extension, toolkit: tuple[Path, str] | None) -> None:
     torch_root = Path(torch.__file__).parent
+    extension.sources = cpu_sources()
     extension.include_dirs = [str(ROOT)]
     extension.library_dirs = [str(torch_root / "lib")]
     extension.libraries = ["c10", "torch", "torch_cpu"]
     # OpenMP comes from the library that torch itself loads: a second runtime would bring a second pool of threads.
     rpaths = ["$ORIGIN/../torch/lib"]
-    flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
     headers = [f"-isystem{torch_root / path}" for path in ("include", "include/torch/csrc/api/include")]
     extension.extra_compile_args = {"cxx": flags + headers}
     if toolkit:
         root, version = toolkit
-        extension.sources += [*sources("cuda"), "csrc/ops/cuda.cpp"]
+        extension.sources = sources("cpu", "cuda", "ops")
         extension.include_dirs.append(str(root / "include"))
         extension.library_dirs += [str(root / lib) for lib in ("lib64", "lib") if (root / lib).is_dir()]
         extension.libraries += ["c10_cuda", "cudart"]
@@ -191,7 +205,7 @@ def configure_python_module(extension: Extension, build_lib: str, cuda: str | No
     extension.library_dirs = [str(Path(build_lib) / "squish_nf4")]
     extension.libraries = [OP_LIBRARY.removeprefix("lib")]
     headers = f"-isystem{Path(torch.__file__).parent / 'include'}"  # pybind11, and torch's version number
-    extension.extra_compile_args = {"cxx": ["-std=c++20", "-O2", "-fvisibility=hidden", headers]}
+    extension.extra_compile_args = {"cxx": ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", headers]}
     extension.extra_link_args = ["-Wl,-rpath,$ORIGIN"]
     extension.define_macros = [("SQUISH_CUDA_VERSION", cuda)] if cuda else []
 
@@ -201,17 +215,21 @@ def build_command() -> type[build_ext]:
     if torch is None:
         base: type[build_ext] = build_ext
     else:
+        logging.disable(logging.WARNING)  # it would tell of the toolkit that it guesses; we find the right one
         from torch.utils.cpp_extension import BuildExtension as base  # noqa: N813
+
+        logging.disable(logging.NOTSET)
+        put_ninja_on_path()  # BuildExtension looks for it as soon as it is made
 
     class BuildNative(base):  # type: ignore[misc,valid-type]
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.build_temp = str(ROOT / "build" / "objects")  # kept: every build begins where the last one ended
+            if torch is not None:  # kept: every build begins where the last one for this torch ended
+                self.build_temp = str(ROOT / "build" / f"objects-torch-{torch.__version__}")
 
         def run(self) -> None:
             require_platform()
             require_torch()
-            put_ninja_on_path()
             require_cpp20_compiler()
             require_python_headers()
             toolkit = find_cuda_toolkit()
@@ -247,10 +265,10 @@ class DistInfo(dist_info):
         super().run()
 
 
-op_sources = [source for source in sources("cpu", "ops") if source != "csrc/ops/cuda.cpp"]
+require_setuptools()  # now: an older one cannot read pyproject.toml
 setup(
     ext_modules=[
-        Extension(f"squish_nf4.{OP_LIBRARY}", op_sources, language="c++"),
+        Extension(f"squish_nf4.{OP_LIBRARY}", cpu_sources(), language="c++"),
         Extension("squish_nf4._C", sources("python"), language="c++"),
     ],
     cmdclass={"build_ext": build_command(), "dist_info": DistInfo},

@@ -20,11 +20,11 @@ except ImportError as reason:
         raise SystemExit(f"squish-nf4: {reason}") from None  # a sentence for its user, not a traceback
     raise
 
-from squish_nf4.layout import pick_group_size  # noqa: E402  (the modules below call the operators)
-from squish_nf4.linear import NF4Linear  # noqa: E402
-from squish_nf4.model import QuantizeReport, dequantize_model, quantize_model  # noqa: E402
-from squish_nf4.ops import dequantize_nf4, linear_nf4, quantize_nf4  # noqa: E402
-from squish_nf4.packer import NF4Packer  # noqa: E402
+from squish_nf4.layout import pick_group_size
+from squish_nf4.linear import NF4Linear
+from squish_nf4.model import QuantizeReport, dequantize_model, quantize_model
+from squish_nf4.ops import dequantize_nf4, linear_nf4, quantize_nf4
+from squish_nf4.packer import NF4Packer
 
 if TYPE_CHECKING:
     from squish_nf4.convert import convert, quantize_tensor

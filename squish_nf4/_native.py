@@ -6,6 +6,7 @@ what setup.py wrote down at build time is compared first, and a misfit becomes o
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -34,14 +35,13 @@ def misfit(built_torch: str, built_cuda: str | None, torch_version: str, torch_c
 
 
 def _other_copy() -> str | None:
-    """The path of an op library in this process that is not ours. Loading a second copy would abort the process."""
+    """Where the operators of this process come from, if not from our library: loading it would abort the process."""
     if not hasattr(torch.ops.squish, "quantize_nf4"):
         return None
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.partition("/")[2]
-        if path.endswith(_OP_LIBRARY.name) and not Path(f"/{path}").samefile(_OP_LIBRARY):
-            return f"/{path}"
-    return None
+    mapped = {f"/{line.partition('/')[2]}" for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    if any(os.path.exists(path) and os.path.samefile(path, _OP_LIBRARY) for path in mapped):
+        return None
+    return next((path for path in sorted(mapped) if "squish" in Path(path).name), "another file")
 
 
 def is_starting_the_command() -> bool:
@@ -56,12 +56,13 @@ def load() -> ModuleType:
     Raises:
         ImportError: not built, built for another torch, or another copy of the op library is already loaded.
     """
+    unbuilt = f"squish_nf4 in {_PACKAGE} has no native library; build it: pip install --no-build-isolation ."
     try:
         info = import_module("squish_nf4._build_info")
     except ModuleNotFoundError:
-        raise ImportError(
-            f"squish_nf4 in {_PACKAGE} has no native library; build it: pip install --no-build-isolation ."
-        ) from None
+        raise ImportError(unbuilt) from None
+    if not _OP_LIBRARY.is_file():
+        raise ImportError(unbuilt)
     reason = misfit(info.TORCH_VERSION, info.CUDA_VERSION, torch.__version__, torch.version.cuda)
     if reason is not None:
         raise ImportError(reason)

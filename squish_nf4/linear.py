@@ -3,61 +3,31 @@
 # No "from __future__ import annotations" here: TorchScript reads the annotation of `scales` as a type, not as a string.
 from collections.abc import Callable
 from math import sqrt
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squish_nf4.layout import bits_per_weight, effective_group_size, padded_columns
-from squish_nf4.ops import refuse_non_finite
+from squish_nf4.packed_weight import PackedWeight, quantize_padded
 
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # TorchScript chokes on it below
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _refuse_value(method: str) -> Any:
-    def refuse(self: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(
-            f"NF4Linear: weight holds packed NF4 bytes, and weight.{method}() would not set the weights; "
-            "use reset_parameters(), NF4Linear.from_linear or load_state_dict with a dense weight"
-        )
-
-    return refuse
-
-
-class PackedWeight(nn.Parameter):
-    """Packed nibbles as a Parameter: they move, save and share like one, and are never trained or overwritten by value.
-
-    A parent's requires_grad_() reaches every parameter and torch refuses it for integers; here it is ignored. A value
-    written into the bytes would not be that value: zero bytes decode to minus the scale. So the methods that nn.init
-    calls are refused.
-    """
-
-    def requires_grad_(self, requires_grad: bool = True) -> "PackedWeight":
-        return self
-
-    zero_ = _refuse_value("zero_")
-    fill_ = _refuse_value("fill_")
-    normal_ = _refuse_value("normal_")
-    uniform_ = _refuse_value("uniform_")
-
-
-def quantize_padded(what: str, weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Packed and scales of a dense (n, d) weight, padded with zero columns to whole bytes and groups.
-
-    Made outside inference mode: a layer of inference tensors could not be trained through.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        w = weight.detach()
-        padding = padded_columns(w.size(1), group_size) - w.size(1)
-        w = F.pad(w, (0, padding)) if padding else w
-        packed, scales = torch.ops.squish.quantize_nf4(w, group_size)
-        refuse_non_finite(what, w, scales)
-    return packed, scales
+@torch.fx.wrap  # one call in a torch.fx graph: symbolic tracing cannot look at the width
+def _linear_of_width(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, in_features: int, group_size: int
+) -> Tensor:
+    """The operator takes a narrower x for one whose padding was left out; only the layer knows its width."""
+    if not is_tracing() and x.size(-1) != in_features:
+        raise ValueError(f"NF4Linear: x has {x.size(-1)} columns, but in_features is {in_features}")
+    result: Tensor = torch.ops.squish.linear_nf4(x, weight, scales, bias, group_size)
+    return result
 
 
 class NF4Linear(nn.Linear):
-    """``y = x W^T + b`` with W stored at 4 bits per weight plus a float32 scale per group; computes on the packed bytes.
+    """``y = x W^T + b`` with W stored at 4 bits per weight and a float32 scale per group; computes on the packed bytes.
 
     A drop-in for nn.Linear in a forward pass: any leading dimensions, float32, bfloat16 or float16 activations, any
     in_features (odd ones and those that are no multiple of group_size are padded inside, with weights that are zero).
@@ -83,7 +53,7 @@ class NF4Linear(nn.Linear):
         TypeError: dtype is not one of the three.
     """
 
-    __constants__ = ("group_size", "in_features", "out_features")
+    __constants__ = ["group_size", "in_features", "out_features"]  # noqa: RUF012  (nn.Linear's is a list)
     __jit_unused_properties__ = ("bits_per_weight",)
     __jit_ignored_attributes__ = ("dense_dtype",)
 
@@ -172,10 +142,7 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in the dtype of x."""
-        if x.size(-1) != self.in_features:
-            raise ValueError(f"NF4Linear: x has {x.size(-1)} columns, but in_features is {self.in_features}")
-        result: Tensor = torch.ops.squish.linear_nf4(x, self.weight, self.scales, self.bias, self.group_size)
-        return result
+        return _linear_of_width(x, self.weight, self.scales, self.bias, self.in_features, self.group_size)
 
     def reset_parameters(self) -> None:
         """Initialize as nn.Linear does (same random numbers) and quantize the weight."""
@@ -210,20 +177,20 @@ class NF4Linear(nn.Linear):
         def keep_bytes(tensor: Tensor) -> Tensor:
             if tensor is not self.scales and tensor.dtype != torch.uint8:
                 return fn(tensor)  # the bias and its gradient
-            moved = fn(tensor.view(torch.uint8))
+            moved = fn(tensor.contiguous().view(torch.uint8))
             if moved.dtype != torch.uint8:
                 raise TypeError(
                     f"NF4Linear: packed bytes cannot be cast to {moved.dtype}; use .to(dtype), not .type(dtype)"
                 )
             return moved.view(tensor.dtype)
 
-        super()._apply(keep_bytes, recurse)
+        super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
         self._keep_packed_weight()
         self.dense_dtype = self._cast_by(fn)
         return self
 
     def _cast_by(self, fn: Callable[[Tensor], Tensor]) -> torch.dtype:
-        """The dtype that ``fn`` gives a dense weight; float64 and others, which the operator refuses, change nothing."""
+        """The dtype that ``fn`` gives a dense weight; float64 and others, which the operator refuses, are ignored."""
         dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=self.weight.device)).dtype
         return dtype if dtype in _COMPUTE_DTYPES else self.dense_dtype
 
@@ -234,7 +201,7 @@ class NF4Linear(nn.Linear):
             self._parameters["weight"] = PackedWeight(weight.data, False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._keep_packed_weight()
 
     def _load_from_state_dict(
@@ -249,6 +216,7 @@ class NF4Linear(nn.Linear):
     ) -> None:
         """Loads packed and scales together, or a dense weight by quantizing it; what does not fit is not copied."""
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        state_dtype = self._dense_dtype_of(own, prefix)
         try:
             self._prepare_state(own, prefix)
         except (ValueError, TypeError) as error:
@@ -256,6 +224,16 @@ class NF4Linear(nn.Linear):
             return
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._keep_packed_weight()
+        if local_metadata.get("assign_to_params_buffers", False):
+            self.dense_dtype = state_dtype
+
+    def _dense_dtype_of(self, own: dict[str, Any], prefix: str) -> torch.dtype:
+        """The dtype of a state's dense weight, else of its bias; ours if it has neither."""
+        for part in ("weight", "bias"):
+            tensor = own.get(prefix + part)
+            if tensor is not None and tensor.dtype in _COMPUTE_DTYPES:
+                return tensor.dtype  # type: ignore[no-any-return]
+        return self.dense_dtype
 
     def _prepare_state(self, own: dict[str, Any], prefix: str) -> None:
         """Check this layer's entries and replace a dense weight by its packed form. Raises on anything that misfits."""

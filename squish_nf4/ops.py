@@ -30,9 +30,7 @@ def quantize_nf4(w: Tensor, group_size: int = 32) -> tuple[Tensor, Tensor]:
     return packed, scales
 
 
-def dequantize_nf4(
-    packed: Tensor, scales: Tensor, group_size: int = 32, *, dtype: torch.dtype | None = None
-) -> Tensor:
+def dequantize_nf4(packed: Tensor, scales: Tensor, group_size: int = 32, *, dtype: torch.dtype | None = None) -> Tensor:
     """Decode a weight matrix: level times scale in float32, rounded once more for a 16-bit ``dtype``.
 
     Args:
@@ -53,9 +51,7 @@ def dequantize_nf4(
     return result
 
 
-def linear_nf4(
-    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None, group_size: int = 32
-) -> Tensor:
+def linear_nf4(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None, group_size: int = 32) -> Tensor:
     """``x @ W.T + bias`` with the W that packed and scales decode to, accumulated in float32, rounded once.
 
     Gradients flow to x and bias. No dense W is kept, neither for the result nor for the backward.
@@ -91,11 +87,15 @@ def refuse_non_finite(what: str, w: Tensor, scales: Tensor) -> None:
     values = w[row, group * group_size : (group + 1) * group_size].float()
     offset = int((~values.isfinite()).nonzero()[0])
     column = group * group_size + offset
-    raise ValueError(f"{what} holds {w[row, column].item()} at row {row}, column {column}; NF4 encodes finite weights only")
+    raise ValueError(
+        f"{what} holds {w[row, column].item()} at row {row}, column {column}; NF4 encodes finite weights only"
+    )
 
 
 def _may_look(tensor: Tensor) -> bool:
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or tensor.is_meta or type(tensor) is not Tensor:
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():  # torch.jit.trace; compile, export
+        return False
+    if tensor.is_meta or type(tensor) is not Tensor:
         return False
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False  # make_fx, FakeTensorMode; torch.func transforms

@@ -32,7 +32,7 @@ class NF4Packer(nn.Module):
         Raises as squish_nf4.quantize_nf4 does. In TorchScript a non-finite group is not refused: its scale is NaN.
         """
         packed, scales = torch.ops.squish.quantize_nf4(w, self.group_size)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             refuse_non_finite("NF4Packer: w", w, scales)
         return packed, scales
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from tests.helpers import ForcedIsa, require
 
@@ -30,3 +31,9 @@ def forced_isa(request: pytest.FixtureRequest) -> Iterator[ForcedIsa]:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that are the same on every run."""
     return np.random.default_rng(20260801)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """torch's random numbers too."""
+    torch.manual_seed(20260801)

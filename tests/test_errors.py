@@ -308,3 +308,21 @@ def test_nothing_is_allocated_before_the_checks() -> None:
         OPS.linear_nf4(huge, p, s)
     with pytest.raises(ValueError, match="not a multiple"):
         OPS.quantize_nf4(huge, 3)
+
+
+def narrow_linear(x: Tensor, p: Tensor, s: Tensor) -> Tensor:
+    return torch.ops.squish.linear_nf4(x, p, s, None, 32)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_script_and_compile_keep_the_text_in_errors_of_their_own() -> None:
+    args = floats("cpu", 3, 32), packed("cpu"), floats("cpu", 6, 2)
+    text = r"linear_nf4: x has 32 columns but packed holds 64"
+    with pytest.raises(RuntimeError, match=text):
+        torch.jit.script(narrow_linear)(*args)
+    with pytest.raises(RuntimeError, match=text):
+        torch.compile(narrow_linear, backend="eager", fullgraph=True)(*args)
+    compiled = torch.compile(narrow_linear, backend="eager", fullgraph=True, dynamic=True)
+    compiled(floats("cpu", 3, 64), *args[1:])
+    with pytest.raises(RuntimeError, match=r"linear_nf4: x has s\d+ columns but packed holds"):  # the sizes' symbols
+        compiled(*args)  # a size that the compiled program had not seen

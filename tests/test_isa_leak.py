@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import subprocess
@@ -51,17 +52,22 @@ def functions_by_need(binary: Path) -> dict[str, set[str]]:
     return found
 
 
+def require_x86_disassembler() -> None:
+    require("x86-64", platform.machine() == "x86_64", f"this is {platform.machine()}")
+    require("binutils", shutil.which("objdump") is not None, "objdump is not installed")
+
+
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The kernels, compiled as setup.py compiles them."""
-    require("binutils", shutil.which("objdump") is not None, "objdump is not installed")
+    require_x86_disassembler()
     compiled = compile_objects(tmp_path_factory.mktemp("objects"), kernel_sources(), ["-O3", "-fvisibility=hidden"])
     return {path.stem: path for path in compiled}
 
 
 @pytest.fixture(scope="module")
 def op_library() -> Path:
-    require("binutils", shutil.which("objdump") is not None, "objdump is not installed")
+    require_x86_disassembler()
     return Path(squish_nf4.library_path())
 
 

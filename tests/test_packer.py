@@ -16,7 +16,7 @@ from squish_nf4 import NF4Packer, library_path, quantize_nf4
 from tests import reference
 from tests.fresh_process import run_python
 
-JIT = pytest.mark.filterwarnings("ignore:.torch.jit.(script|trace|save|load). is deprecated:FutureWarning")
+JIT = pytest.mark.filterwarnings("ignore:.torch.jit.[a-z_]+. is deprecated:FutureWarning")
 
 
 def test_bytes_equal_the_definition(rng: np.random.Generator) -> None:
@@ -118,3 +118,11 @@ def test_a_scripted_packer_marks_non_finite_groups_instead_of_refusing() -> None
     w[2, 40] = float("nan")
     _, scales = torch.jit.script(NF4Packer(16))(w)
     assert scales.isnan().nonzero().tolist() == [[2, 2]]
+
+
+@JIT
+def test_a_traced_packer_runs_at_other_sizes_and_does_not_look() -> None:
+    traced = torch.jit.trace(NF4Packer(16), torch.randn(6, 64))
+    w = torch.randn(9, 32)
+    assert all(torch.equal(a, b) for a, b in zip(traced(w), NF4Packer(16)(w), strict=True))
+    assert bool(traced(torch.full((9, 32), float("nan")))[1].isnan().all())

@@ -34,8 +34,11 @@ inline void check_same_device(const char* op, const char* name, const Tensor& te
               " is on ", first.device(), "; they must be on one device");
 }
 
+// The upper bound only keeps the arithmetic below from overflowing where there are no columns to divide.
 inline void check_group_size(const char* op, int64_t group_size) {
+  constexpr int64_t kMost = int64_t{1} << 40;
   TORCH_CHECK_VALUE(group_size >= 1, op, ": group_size must be at least 1, got ", group_size);
+  TORCH_CHECK_VALUE(group_size <= kMost, op, ": group_size must be at most ", kMost, ", got ", group_size);
 }
 
 inline void check_weight(const Tensor& w, int64_t group_size) {

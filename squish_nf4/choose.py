@@ -1,0 +1,151 @@
+"""Which linear layers of a model are quantized, and why the others are left alone. Nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from squish_nf4.linear import NF4Linear
+
+OUTPUT_HEADS = ("lm_head", "embed_out")  # quantized only if `only` names them: errors there reach the output directly
+_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """One module with a weight that was not quantized, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Candidate:
+    """A linear layer and every place where the model holds it."""
+
+    module: nn.Linear
+    places: list[tuple[nn.Module, str, str]]  # parent, attribute, full name
+
+    @property
+    def name(self) -> str:
+        return self.places[0][2]
+
+
+def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) or f".{pattern}." in f".{name}." for pattern in patterns)
+
+
+def children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
+    """(parent, attribute, full name, child) for every place, also where one module stands at several."""
+    for prefix, parent in model.named_modules(remove_duplicate=False):
+        for attribute, child in parent._modules.items():  # named_children would name a module once per parent
+            if child is not None:
+                yield parent, attribute, f"{prefix}.{attribute}" if prefix else attribute, child
+
+
+def choose(
+    model: nn.Module, skip: tuple[str, ...], only: tuple[str, ...] | None
+) -> tuple[list[Candidate], list[LeftAlone]]:
+    linears: dict[int, Candidate] = {}
+    left_alone: dict[str, str] = {}
+    for parent, attribute, name, module in children(model):
+        if isinstance(module, nn.Linear):
+            linears.setdefault(id(module), Candidate(module, [])).places.append((parent, attribute, name))
+        elif _owns_matrix(module):
+            left_alone[name] = f"{type(module).__name__} is not nn.Linear"
+    _require_matches(model, skip, only)
+    chosen: dict[int, Candidate] = {}
+    in_float32 = _kept_in_float32(model)
+    for key, candidate in linears.items():
+        reason = _reason_to_leave(candidate, skip, only, in_float32)
+        if reason is None:
+            chosen[key] = candidate
+        else:
+            left_alone[candidate.name] = reason
+    holders = {key: _foreign_holder(model, candidate, chosen) for key, candidate in chosen.items()}
+    for key, holder in holders.items():
+        name = chosen[key].name
+        if holder is not None and not (only and _matches(name, only)):
+            del chosen[key]
+            left_alone[name] = f"its weight is tied to {holder}"
+    return list(chosen.values()), [LeftAlone(name, reason) for name, reason in left_alone.items()]
+
+
+def _owns_matrix(module: nn.Module) -> bool:
+    return any(p.is_floating_point() and p.dim() >= 2 for p in module.parameters(recurse=False))
+
+
+def _require_matches(model: nn.Module, skip: tuple[str, ...], only: tuple[str, ...] | None) -> None:
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for what, patterns in (("skip", skip), ("only", only or ())):
+        for pattern in patterns:
+            if not any(_matches(name, [pattern]) for name in names):
+                raise ValueError(f"quantize_model: {what} pattern '{pattern}' matches no module of this model")
+
+
+def _kept_in_float32(model: nn.Module) -> dict[str, str]:
+    """Patterns of the modules that a transformers model casts activations for, and the class that says so.
+
+    T5 reads the dtype of such a weight in its forward, which packed bytes would answer with uint8.
+    """
+    patterns: dict[str, str] = {}
+    for module in model.modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            for pattern in getattr(module, attribute, None) or ():
+                patterns.setdefault(pattern, type(module).__name__)
+    return patterns
+
+
+def _reason_to_leave(
+    candidate: Candidate, skip: tuple[str, ...], only: tuple[str, ...] | None, in_float32: dict[str, str]
+) -> str | None:
+    module, names = candidate.module, [name for _, _, name in candidate.places]
+    if isinstance(module, NF4Linear):
+        return "already NF4"
+    if any(_matches(name, skip) for name in names):
+        return "skip names it"
+    if only is not None and not any(_matches(name, only) for name in names):
+        return "only does not name it"
+    if only is None and any(name.split(".")[-1] in OUTPUT_HEADS for name in names):
+        return "an output head; name it in only to quantize it"
+    for pattern, holder in in_float32.items():
+        if only is None and any(_matches(name, [pattern]) for name in names):
+            return f"{holder} keeps it in float32; name it in only to quantize it"
+    for parent, attribute, _ in candidate.places:
+        if isinstance(parent, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight itself"
+        if isinstance(parent, nn.TransformerEncoderLayer) and attribute in ("linear1", "linear2"):
+            return "the fast path of nn.TransformerEncoderLayer reads its weight itself"
+    return _reason_in_layer(module)
+
+
+def _reason_in_layer(module: nn.Linear) -> str | None:
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "its weight is parametrized"
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return f"{type(module).__name__} has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
+    if module.weight.dtype not in _COMPUTE_DTYPES:
+        return f"its weight is {module.weight.dtype}; float32, bfloat16 and float16 are computed"
+    return None
+
+
+def _foreign_holder(model: nn.Module, candidate: Candidate, chosen: dict[int, Candidate]) -> str | None:
+    """The name of a parameter that is this layer's weight and belongs to a module that stays dense, or None."""
+    for name, module in model.named_modules():
+        if id(module) in chosen:
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter is candidate.module.weight:
+                return f"{name}.{parameter_name}" if name else parameter_name
+    return None
