@@ -80,7 +80,7 @@ def test_on_windows_it_says_what_is_supported() -> None:
 
 
 def test_asking_for_cuda_without_a_toolkit_fails(tmp_path: Path) -> None:
-    require("a CUDA torch", torch.version.cuda is not None, f"torch {torch.__version__} is a CPU build")
+    require("cuda-torch", torch.version.cuda is not None, f"torch {torch.__version__} is a CPU build")
     done = run(BUILD, SQUISH_CUDA="1", CUDA_HOME=str(tmp_path))
     assert_one_sentence(done, f"SQUISH_CUDA=1, but no nvcc runs in {tmp_path}/bin", "set CUDA_HOME")
 
@@ -281,7 +281,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     """Linked from the objects that lie in build/ (with the same decision on CUDA, or they would be compiled again)."""
     sources = [*(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py"]
     stale = max(path.stat().st_mtime for path in sources) > Path(library_path()).stat().st_mtime
-    require("an up-to-date build", not stale, "sources are newer than the library: make setup")
+    require("build", not stale, "sources are newer than the library: make setup")
     steps = ["egg_info", "--egg-base", tmp_path, "build", "--build-base", tmp_path / "build"]
     steps += ["bdist_wheel", "--bdist-dir", tmp_path / "bdist", "--dist-dir", tmp_path]
     done = run([sys.executable, "setup.py", "--quiet", *steps], SQUISH_CUDA="1" if _build_info.CUDA_VERSION else "0")
