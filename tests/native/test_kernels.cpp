@@ -111,6 +111,10 @@ void encode_under(const cpu::Kernels& kernels, const std::vector<float>& w, uint
 }  // namespace
 
 void check_encode_and_decode() {
+  CHECK(nf4::scale_of(0) == 1.0f && nf4::scale_of(1) == 0x1p-149f, "the scale of zeros, and the smallest");
+  CHECK(nf4::bits_of(nf4::scale_of(nf4::kInfinityBits - 1)) == nf4::kInfinityBits - 1, "the largest scale");
+  for (uint32_t absmax : {0x7f800000u, 0x7f800001u, 0x7fffffffu})
+    CHECK(nf4::bits_of(nf4::scale_of(absmax)) == 0x7fc00000u, "the scale of a group with %08x", absmax);
   Random random;
   for (const Path& path : available_paths())
     for (int64_t group_size : kGroupSizes)
