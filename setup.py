@@ -265,11 +265,20 @@ class DistInfo(dist_info):
         super().run()
 
 
+class BuildPy(build_py):
+    """Begins with an empty folder: a module that was renamed since the last build would still be installed."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "squish_nf4", ignore_errors=True)
+        super().run()
+
+
 require_setuptools()  # now: an older one cannot read pyproject.toml
 setup(
     ext_modules=[
         Extension(f"squish_nf4.{OP_LIBRARY}", cpu_sources(), language="c++"),
         Extension("squish_nf4._C", sources("python"), language="c++"),
     ],
-    cmdclass={"build_ext": build_command(), "dist_info": DistInfo},
+    cmdclass={"build_ext": build_command(), "dist_info": DistInfo, "build_py": BuildPy},
 )

@@ -43,7 +43,9 @@ def main() -> None:
             x = torch.randn(m, n).to(dtype)
             check(x, decoded, packed, scales)
             candidates: dict[str, Candidate] = {
-                "squish linear_nf4": lambda i, x=x: torch.ops.squish.linear_nf4(x, *packs[i % copies], None, GROUP_SIZE),
+                "squish linear_nf4": lambda i, x=x: torch.ops.squish.linear_nf4(
+                    x, *packs[i % copies], None, GROUP_SIZE
+                ),
                 "dense torch": lambda i, x=x, dense=dense: F.linear(x, dense[i % 4]),
                 "read the packed bytes (limit)": lambda i: packs[i % copies][0].view(torch.int64).sum(),
             }

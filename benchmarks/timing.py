@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -52,10 +53,8 @@ def print_table(title: str, timings: Mapping[str, Timing], baseline: str) -> Non
 
 def machine() -> str:
     """What a figure has to say about where it was measured."""
-    model = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return (
         f"{model}, {torch.get_num_threads()} threads, CPU path {_C.cpu_isa()}, squish_nf4 {squish_nf4.__version__}, "
         f"torch {torch.__version__}"

@@ -27,13 +27,13 @@ from squish_nf4.ops import dequantize_nf4, linear_nf4, quantize_nf4
 from squish_nf4.packer import NF4Packer
 
 if TYPE_CHECKING:
-    from squish_nf4.convert import convert, quantize_tensor
-    from squish_nf4.npy_dir import load_npy_dir
+    from squish_nf4.checkpoint.convert import convert, quantize_tensor
+    from squish_nf4.checkpoint.npy_dir import load_npy_dir
 
 _LAZY = {
-    "convert": "squish_nf4.convert",
-    "quantize_tensor": "squish_nf4.encode",
-    "load_npy_dir": "squish_nf4.npy_dir",
+    "convert": "squish_nf4.checkpoint.convert",
+    "quantize_tensor": "squish_nf4.checkpoint.encode",
+    "load_npy_dir": "squish_nf4.checkpoint.npy_dir",
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         never_fail_on_a_character(stream)
     try:
-        from squish_nf4.cli import app
+        from squish_nf4.commands.cli import app
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("squish_nf4"):
             raise

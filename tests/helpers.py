@@ -25,10 +25,12 @@ class ForcedIsa:
 
     def __init__(self, isa: str) -> None:
         self.isa = isa
-        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_set_isa, initargs=(isa,))
+        self._pool = ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn"), initializer=_set_isa, initargs=(isa,)
+        )
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(*args)`` in the child. The function is one of a module, the arguments numpy arrays or plain values."""
+        """``function(*args)`` in the child: a function of a module, and arguments that can be pickled."""
         return self._pool.submit(function, *args).result()
 
     def close(self) -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import squish_nf4
-from squish_nf4 import terminal
-from squish_nf4.cli import app
+from squish_nf4.commands import terminal
+from squish_nf4.commands.cli import app
 from tests.checkpoint_files import gaussian, save_shard
 from tests.commands import ROOT, assert_one_sentence, run, squish
 

@@ -22,7 +22,9 @@ BOUNDARIES = [float.fromhex(digits) for digits in [
 ]]
 # fmt: on
 CODEBOOK = "csrc/nf4/codebook.h"
-ORACLES = {"squish_nf4/self_test.py"}  # states the nibble order once more on purpose: the library is compared with it
+ORACLES = {
+    "squish_nf4/commands/self_test.py"
+}  # states the nibble order once more on purpose: the library is compared with it
 
 
 def nearest_level(x: np.float32) -> int:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import squish_nf4.convert as convert_module
-from squish_nf4.convert import Progress, convert
-from squish_nf4.npy_dir import load_npy_dir
+import squish_nf4.checkpoint.convert as convert_module
+from squish_nf4.checkpoint.convert import Progress, convert
+from squish_nf4.checkpoint.npy_dir import load_npy_dir
 from tests import reference
 from tests.checkpoint_files import dequantized, gaussian, minilm_directory, raw_shard, save_index, save_shard
 from tests.helpers import require
@@ -411,7 +411,7 @@ def test_names_that_differ_only_by_case_are_refused_where_they_would_share_a_fil
 
 
 def test_the_probe_notices_a_shared_file(tmp_path):
-    from squish_nf4.names import holds_apart
+    from squish_nf4.checkpoint.names import holds_apart
 
     assert holds_apart(tmp_path, ["a", "b"])
     assert not holds_apart(tmp_path, ["a", "a"])  # what a case-insensitive file system makes of "a" and "A"

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from squish_nf4 import _C, _build_info, doctor, library_path, ops, self_test
+from squish_nf4 import _C, _build_info, library_path, ops
+from squish_nf4.commands import doctor, self_test
 from tests.commands import squish
 from tests.helpers import require
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from squish_nf4.convert import pick_group_size, quantize_tensor
-from squish_nf4.encode import encode
-from squish_nf4.lossless import smallest_lossless
+from squish_nf4.checkpoint.convert import pick_group_size, quantize_tensor
+from squish_nf4.checkpoint.encode import encode
+from squish_nf4.checkpoint.lossless import smallest_lossless
 from tests import reference
 from tests.checkpoint_files import gaussian
 

@@ -176,11 +176,11 @@ def test_importing_loads_a_few_small_modules_and_nothing_else() -> None:
 def test_the_converter_is_imported_when_it_is_first_used() -> None:
     code = """
 import sys, squish_nf4
-assert "squish_nf4.convert" not in sys.modules
+assert "squish_nf4.checkpoint.convert" not in sys.modules
 assert callable(squish_nf4.convert) and callable(squish_nf4.quantize_tensor) and callable(squish_nf4.load_npy_dir)
-import squish_nf4.convert as module
+import squish_nf4.checkpoint.convert as module
 assert callable(squish_nf4.convert), "the function, also after the module of that name was imported"
-print("squish_nf4.convert" in sys.modules)
+print("squish_nf4.checkpoint.convert" in sys.modules)
 """
     assert run_python(code) == "True\n"
 

@@ -33,6 +33,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', re.MULTILINE)
 # Modules by storey: each may import those of the storeys below it, and those of its own that do not import it back.
 OPERATORS = {"_version", "_build_info", "_native", "layout", "ops"}
 LAYER = {"packed_weight", "linear", "packer", "choose", "model"}
+# Then squish_nf4.checkpoint, and on top squish_nf4.commands, which nothing but __main__ imports.
 COMMAND_LINE_ONLY = {"typer", "rich", "click", "matplotlib", "sentence_transformers", "transformers"}
 
 
@@ -85,7 +86,14 @@ def test_schemas_stand_in_one_file() -> None:
 
 
 def modules() -> dict[str, Path]:
-    return {path.stem: path for path in sorted((ROOT / "squish_nf4").glob("*.py"))}
+    """Every module of the package by its name in it: "ops", "checkpoint.convert"."""
+    package = ROOT / "squish_nf4"
+    return {".".join(path.relative_to(package).with_suffix("").parts): path for path in sorted(package.rglob("*.py"))}
+
+
+def storey(name: str) -> set[str]:
+    """The modules of a folder of the package."""
+    return {module for module in modules() if module.startswith(f"{name}.")}
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
@@ -105,16 +113,13 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: write the full name of the module"
-            if node.module == "squish_nf4":
-                found |= {f"squish_nf4.{alias.name}" for alias in node.names}
-            else:
-                found.add(str(node.module))
+            found.add(str(node.module))
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}  # a module, or a name in one
     return found
 
 
 def own_imports(path: Path) -> set[str]:
-    names = {name.removeprefix("squish_nf4.").split(".")[0] for name in imports(path) if name.startswith("squish_nf4.")}
-    return names & set(modules())
+    return {name.removeprefix("squish_nf4.") for name in imports(path)} & set(modules())
 
 
 def test_operators_import_neither_the_layer_nor_the_converter() -> None:
@@ -151,12 +156,21 @@ def test_no_module_imports_itself_through_others() -> None:
     assert [name for name in graph if name in reachable(name, graph)] == []
 
 
+def test_checkpoint_room_imports_what_stands_below_it() -> None:
+    for name in storey("checkpoint"):
+        assert own_imports(modules()[name]) <= OPERATORS | LAYER | storey("checkpoint"), name
+
+
+def test_nothing_but_the_command_imports_the_command_line() -> None:
+    commands = storey("commands")
+    assert commands
+    importing = {name for name, path in modules().items() if own_imports(path) & commands}
+    assert importing <= commands | {"__main__"}
+
+
 def test_library_imports_nothing_that_only_a_terminal_needs() -> None:
-    """What ``convert`` and the package itself bring in, at any depth."""
-    graph = {name: own_imports(path) for name, path in modules().items() if name != "__init__"}
-    library = OPERATORS | LAYER | {"convert", "npy_dir"} | reachable("convert", graph) | reachable("npy_dir", graph)
-    for name in library & set(modules()):
-        packages = {module.split(".")[0] for module in imports(modules()[name])}
+    for name in OPERATORS | LAYER | storey("checkpoint"):
+        packages = {module.split(".")[0] for module in imports(modules()[name])} if name in modules() else set()
         assert not packages & COMMAND_LINE_ONLY, f"{name} imports {packages & COMMAND_LINE_ONLY}"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import zstandard
 
-from squish_nf4.npy_dir import iter_npy_dir, load_npy_dir
+from squish_nf4.checkpoint.npy_dir import iter_npy_dir, load_npy_dir
 from tests import reference
 from tests.checkpoint_files import write_foreign_dir
 

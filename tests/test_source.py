@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from squish_nf4.source import DTYPES, open_source
+from squish_nf4.checkpoint.source import DTYPES, open_source
 from tests.checkpoint_files import gaussian, raw_shard, save_index, save_shard
 
 
@@ -176,7 +176,7 @@ def test_a_dtype_without_a_numpy_form_is_refused_before_work_starts(tmp_path, dt
 
 
 def test_small_files_are_found_and_the_rest_is_noted_or_hidden(tmp_path, monkeypatch):
-    monkeypatch.setattr("squish_nf4.source.SMALL_FILE", 100)
+    monkeypatch.setattr("squish_nf4.checkpoint.source.SMALL_FILE", 100)
     save_shard(tmp_path / "model.safetensors", {"a": gaussian(2, 4)})
     save_shard(tmp_path / "2_Dense" / "model.safetensors", {"a": gaussian(2, 4)})
     for place in (

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from squish_nf4 import _C, __version__, _build_info, library_path, self_test
+from squish_nf4 import _C, __version__, _build_info, library_path
+from squish_nf4.commands import self_test
 
 # What the CPU paths use (csrc/cpu/dispatch.cpp), as /proc/cpuinfo calls it.
 CPU_FEATURES = (

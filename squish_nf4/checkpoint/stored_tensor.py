@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from squish_nf4.lossless import Array
-from squish_nf4.names import shorten
-from squish_nf4.npy_file import find_npy, read_npy
+from squish_nf4.checkpoint.lossless import Array
+from squish_nf4.checkpoint.names import shorten
+from squish_nf4.checkpoint.npy_file import find_npy, read_npy
 from squish_nf4.ops import dequantize_nf4
 
 ROUNDED_BY_THE_OPERATOR = (torch.float32, torch.bfloat16, torch.float16)

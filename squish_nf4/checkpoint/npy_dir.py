@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from squish_nf4.lossless import Array, dtype_named
-from squish_nf4.names import check_key, shorten
-from squish_nf4.npy_file import StoredFile, write_npy
-from squish_nf4.stored_tensor import read_tensor
+from squish_nf4.checkpoint.lossless import Array, dtype_named
+from squish_nf4.checkpoint.names import check_key, shorten
+from squish_nf4.checkpoint.npy_file import StoredFile, write_npy
+from squish_nf4.checkpoint.stored_tensor import read_tensor
 
 MANIFEST = "manifest.json"
 STATS = "stats.json"

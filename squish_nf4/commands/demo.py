@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import squish_nf4
-from squish_nf4.demo_sentences import SENTENCES
-from squish_nf4.report import ConvertReport
+from squish_nf4.checkpoint.report import ConvertReport
+from squish_nf4.commands.demo_sentences import SENTENCES
 
 Floats = NDArray[np.float64]
 Step = Callable[[str], AbstractContextManager[None]]
@@ -150,7 +150,7 @@ def run(
         in_one_batch = time_both(dense, nf4, sentences, len(sentences), rounds)
         one_by_one = time_both(dense, nf4, sentences, 1, rounds)
     with step("Drawing the picture"):
-        from squish_nf4 import demo_picture
+        from squish_nf4.commands import demo_picture
 
         output.mkdir(parents=True, exist_ok=True)
         picture = demo_picture.draw(output / PICTURE, quantized, agreement)

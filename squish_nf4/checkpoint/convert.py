@@ -14,21 +14,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from squish_nf4 import npy_dir
 from squish_nf4._version import __version__
-from squish_nf4.encode import (
+from squish_nf4.checkpoint import npy_dir
+from squish_nf4.checkpoint.encode import (
     DEFAULT_OUTLIER_THRESHOLD,
     Encoded,
     check_options,
     encode,
     quantize_tensor,
 )
+from squish_nf4.checkpoint.lossless import dtype_name
+from squish_nf4.checkpoint.names import alike, holds_apart, keys_of, listed, matching
+from squish_nf4.checkpoint.npy_file import StoredFile
+from squish_nf4.checkpoint.report import ConvertReport, Progress, TensorReport, notes_on
+from squish_nf4.checkpoint.source import Entry, Source, open_source
 from squish_nf4.layout import pick_group_size
-from squish_nf4.lossless import dtype_name
-from squish_nf4.names import alike, holds_apart, keys_of, listed, matching
-from squish_nf4.npy_file import StoredFile
-from squish_nf4.report import ConvertReport, Progress, TensorReport, notes_on
-from squish_nf4.source import Entry, Source, open_source
 
 __all__ = ["ConvertReport", "Progress", "TensorReport", "convert", "pick_group_size", "quantize_tensor"]
 

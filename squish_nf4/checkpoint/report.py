@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from squish_nf4.lossless import dtype_named
-from squish_nf4.names import listed
+from squish_nf4.checkpoint.lossless import dtype_named
+from squish_nf4.checkpoint.names import listed
 
 
 @dataclass(frozen=True)

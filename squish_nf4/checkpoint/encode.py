@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from squish_nf4.checkpoint.lossless import TILE, WIDENED, Array, dtype_name, smallest_lossless, to_numpy
+from squish_nf4.checkpoint.names import matching, shorten
 from squish_nf4.layout import pick_group_size
-from squish_nf4.lossless import TILE, WIDENED, Array, dtype_name, smallest_lossless, to_numpy
-from squish_nf4.names import matching, shorten
 from squish_nf4.ops import dequantize_nf4, quantize_nf4
 
 Kind = Literal["nf4", "kept"]

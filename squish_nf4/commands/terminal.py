@@ -18,8 +18,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from squish_nf4.convert import Progress as Converting
-    from squish_nf4.report import ConvertReport, TensorReport
+    from squish_nf4.checkpoint.convert import Progress as Converting
+    from squish_nf4.checkpoint.report import ConvertReport, TensorReport
 
 WIDTH_OF_A_FILE = 120  # where there is no terminal whose width could be asked for
 

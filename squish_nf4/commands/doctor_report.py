@@ -6,8 +6,8 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from squish_nf4 import terminal
-from squish_nf4.doctor import Findings, Result
+from squish_nf4.commands import terminal
+from squish_nf4.commands.doctor import Findings, Result
 
 
 def print_findings(findings: Findings) -> None:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from squish_nf4.lossless import Array
+from squish_nf4.checkpoint.lossless import Array
 
 
 @dataclass(frozen=True)

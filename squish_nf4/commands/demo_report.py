@@ -6,9 +6,10 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from squish_nf4 import _C, terminal
-from squish_nf4.demo import Agreement, Conversion, DemoReport, Floats, Seconds
-from squish_nf4.terminal import duration, size
+from squish_nf4 import _C
+from squish_nf4.commands import terminal
+from squish_nf4.commands.demo import Agreement, Conversion, DemoReport, Floats, Seconds
+from squish_nf4.commands.terminal import duration, size
 
 
 def print_report(report: DemoReport) -> None:

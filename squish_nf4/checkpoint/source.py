@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from squish_nf4.names import listed, shorten
+from squish_nf4.checkpoint.names import listed, shorten
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SMALL_FILE = 64 * 2**20  # the largest tokenizers are near 35 MB

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from squish_nf4 import __version__, terminal
-from squish_nf4.encode import DEFAULT_OUTLIER_THRESHOLD
+from squish_nf4 import __version__
+from squish_nf4.checkpoint.encode import DEFAULT_OUTLIER_THRESHOLD
+from squish_nf4.commands import terminal
 
 app = typer.Typer(
     help="Exact 4-bit NF4 weights for PyTorch.",
@@ -136,7 +137,7 @@ def demo(
 ) -> None:
     """Quantize a real sentence model, compare it with the dense one, convert its checkpoint."""
     with errors_in_one_sentence():
-        from squish_nf4 import demo, demo_report
+        from squish_nf4.commands import demo, demo_report
 
         report = demo.run(output, step=terminal.step)
         demo_report.print_report(report)
@@ -148,7 +149,7 @@ def demo(
 @app.command()
 def doctor() -> None:
     """Say what was built and found, and test it."""
-    from squish_nf4 import doctor, doctor_report
+    from squish_nf4.commands import doctor, doctor_report
 
     findings = doctor.examine()
     doctor_report.print_findings(findings)
