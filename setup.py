@@ -22,6 +22,7 @@ from typing import NoReturn
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent

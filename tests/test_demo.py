@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import squish_nf4
+from squish_nf4.checkpoint.npy_dir import load_npy_dir
 from squish_nf4.commands import demo
 from squish_nf4.commands.demo_sentences import PARAPHRASES, SENTENCES
 from squish_nf4.commands.self_test import number_of_threads
@@ -75,7 +76,7 @@ def test_a_tensor_that_differs_is_found(
     report: demo.DemoReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(path: Path) -> dict[str, torch.Tensor]:
-        tensors = squish_nf4.load_npy_dir(path)
+        tensors = load_npy_dir(path)
         tensors["encoder.layer.0.attention.self.query.weight"][3, 5] += 1e-6
         tensors["encoder.layer.0.attention.self.query.bias"][0] *= -1
         del tensors["embeddings.position_ids"]

@@ -291,7 +291,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     ours = {name.removeprefix("squish_nf4/") for name in names if ".dist-info/" not in name}
     assert ours == {
-        *(path.name for path in (ROOT / "squish_nf4").glob("*.py")),
+        *(path.relative_to(ROOT / "squish_nf4").as_posix() for path in (ROOT / "squish_nf4").rglob("*.py")),
         *("_build_info.py", "py.typed", "libsquish_nf4.so", f"_C{suffix}"),
     }
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
