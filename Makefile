@@ -31,6 +31,7 @@ format: setup
 	.venv/bin/clang-format -i $$(git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.c')
 
 bench: setup
+	.venv/bin/python -m benchmarks.import_time
 	.venv/bin/python -m benchmarks.codec
 	.venv/bin/python -m benchmarks.linear
 
