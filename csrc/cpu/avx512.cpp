@@ -60,6 +60,25 @@ inline __m256i round_to(BFloat16, __m512 x) {  // vcvtneps2bf16 would flush subn
 }
 inline __m256i round_to(Float16, __m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 
+// Sixteen weights to eight bytes. In each 64-bit lane stands the even column's index in bits 0-3 and the odd one's in
+// bits 32-35, which is brought to bits 4-7.
+inline __m128i encode_sixteen(__m512 w, __m512 divisor) {
+  const __m512i index = nearest_levels(_mm512_div_ps(w, divisor));
+  return _mm512_cvtepi64_epi8(_mm512_or_si512(index, _mm512_srli_epi64(index, 32 - nf4::kOddColumnShift)));
+}
+
+// Eight bytes to sixteen weights. vpermps reads the low four bits of a lane: the other nibble need not be masked away.
+inline __m512 decode_sixteen(__m128i bytes, __m512 table) {
+  const __m512i pair = _mm512_cvtepu8_epi64(bytes);
+  return _mm512_permutexvar_ps(_mm512_or_si512(pair, _mm512_slli_epi64(pair, 32 - nf4::kOddColumnShift)), table);
+}
+
+// Sixteen bytes to 32 weights of 16 bits.
+inline __m512i decode_thirty_two(__m128i bytes, __m512i table) {
+  const __m512i pair = _mm512_cvtepu8_epi32(bytes);
+  return _mm512_permutexvar_epi16(_mm512_or_si512(pair, _mm512_slli_epi32(pair, 16 - nf4::kOddColumnShift)), table);
+}
+
 struct Avx512Path {
   template <typename T>
   static uint32_t absmax_bits(const T* w, int64_t count) {
@@ -72,29 +91,27 @@ struct Avx512Path {
     return _mm512_reduce_max_epu32(largest);
   }
 
+  // Whole steps are stored whole: a masked store costs several times as much on some processors.
   template <typename T>
   static void encode_pairs(const T* w, int64_t count, float scale, uint8_t* packed) {
     const __m512 divisor = _mm512_set1_ps(scale);
-    for (int64_t i = 0; i < count; i += 16) {
-      const __mmask16 lanes = first_lanes(count - i);
-      const __m512i index = nearest_levels(_mm512_div_ps(load(w + i, lanes), divisor));
-      // In each 64-bit lane: the even column's index in bits 0-3, the odd one's in bits 32-35; bring it to bits 4-7.
-      const __m512i byte = _mm512_or_si512(index, _mm512_srli_epi64(index, 32 - nf4::kOddColumnShift));
-      const auto bytes = static_cast<__mmask8>((1u << ((count - i < 16 ? count - i : 16) / 2)) - 1);
-      _mm512_mask_cvtepi64_storeu_epi8(packed + i / 2, bytes, byte);
-    }
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(packed + i / 2), encode_sixteen(load(w + i, 0xffff), divisor));
+    if (const __mmask16 rest = first_lanes(count - i); rest != 0)
+      _mm_mask_storeu_epi8(packed + i / 2, first_lanes((count - i) / 2), encode_sixteen(load(w + i, rest), divisor));
   }
 
-  // vpermps reads the low four bits of a lane, so the other nibble need not be masked away.
   static void decode_pairs(const uint8_t* packed, int64_t count, float scale, float* out) {
     const __m512 table = scaled_levels(scale);
-    for (int64_t i = 0; i < count; i += 16) {
-      const __mmask16 lanes = first_lanes(count - i);
-      const __m128i bytes =
-          _mm_maskz_loadu_epi8(static_cast<__mmask16>(first_lanes((count - i) / 2) & 0xff), packed + i / 2);
-      const __m512i pair = _mm512_cvtepu8_epi64(bytes);
-      const __m512i index = _mm512_or_si512(pair, _mm512_slli_epi64(pair, 32 - nf4::kOddColumnShift));
-      _mm512_mask_storeu_ps(out + i, lanes, _mm512_permutexvar_ps(index, table));
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + i / 2));
+      _mm512_storeu_ps(out + i, decode_sixteen(bytes, table));
+    }
+    if (const __mmask16 rest = first_lanes(count - i); rest != 0) {
+      const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes((count - i) / 2), packed + i / 2);
+      _mm512_mask_storeu_ps(out + i, rest, decode_sixteen(bytes, table));
     }
   }
 
@@ -102,12 +119,14 @@ struct Avx512Path {
   template <typename T>
   static void decode_pairs(const uint8_t* packed, int64_t count, float scale, T* out) {
     const __m512i table = _mm512_broadcast_i64x4(round_to(T{}, scaled_levels(scale)));
-    for (int64_t i = 0; i < count; i += 32) {
-      const int64_t left = count - i < 32 ? count - i : 32;
-      const auto lanes = static_cast<__mmask32>((uint64_t{1} << left) - 1);
-      const __m512i pair = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(left / 2), packed + i / 2));
-      const __m512i index = _mm512_or_si512(pair, _mm512_slli_epi32(pair, 16 - nf4::kOddColumnShift));
-      _mm512_mask_storeu_epi16(out + i, lanes, _mm512_permutexvar_epi16(index, table));
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i / 2));
+      _mm512_storeu_si512(out + i, decode_thirty_two(bytes, table));
+    }
+    if (i < count) {
+      const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes((count - i) / 2), packed + i / 2);
+      _mm512_mask_storeu_epi16(out + i, (__mmask32{1} << (count - i)) - 1, decode_thirty_two(bytes, table));
     }
   }
 
