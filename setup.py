@@ -27,7 +27,7 @@ from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 OP_LIBRARY = "libsquish_nf4"
-CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 try:
     import torch
@@ -70,7 +70,7 @@ def require_torch() -> None:
         )
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if not (2, 13) <= version < (2, 15):
-        stop(f"torch {torch.__version__} is installed; 2.13 or 2.14 is wanted.")
+        stop(f"torch {torch.__version__} is installed; 2.13 or 2.14 is wanted; type: pip install 'torch>=2.13,<2.15'")
 
 
 def require_python_headers() -> None:
@@ -147,6 +147,16 @@ def find_cuda_toolkit() -> tuple[Path, str] | None:
         stop(f"SQUISH_CUDA=1, but {reason}; install the CUDA toolkit that fits torch, or set CUDA_HOME.")
     print(f"squish_nf4: building for the CPU only ({reason})")
     return None
+
+
+def architectures_of(toolkit: Path) -> str:
+    """Those of CUDA_ARCHITECTURES that this toolkit knows, the last one with PTX for the GPUs to come."""
+    listed = subprocess.run([str(toolkit / "bin/nvcc"), "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    wanted = [arch for arch in CUDA_ARCHITECTURES if arch.replace(".", "") in known]
+    if not wanted:
+        stop(f"nvcc in {toolkit} compiles for none of {', '.join(CUDA_ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST.")
+    return ";".join(wanted) + "+PTX"
 
 
 def compiler_version() -> str:
@@ -247,7 +257,7 @@ def build_command() -> type[build_ext]:
             import torch.utils.cpp_extension as cpp_extension
 
             cpp_extension.CUDA_HOME = str(root)  # it has guessed already, wrongly if nvcc on PATH is a wrapper
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures_of(root))
 
         def get_ext_filename(self, name: str) -> str:
             if name.split(".")[-1] == OP_LIBRARY:  # asked for with and without the package's name

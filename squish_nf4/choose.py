@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from squish_nf4.linear import NF4Linear
@@ -54,7 +55,8 @@ def children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]
 
 def choose(
     model: nn.Module, skip: tuple[str, ...], only: tuple[str, ...] | None
-) -> tuple[list[Candidate], list[LeftAlone]]:
+) -> tuple[list[Candidate], list[LeftAlone], list[str]]:
+    """The layers to quantize, the modules to leave alone, and notes on what a reader of the report should know."""
     linears: dict[int, Candidate] = {}
     left_alone: dict[str, str] = {}
     for parent, attribute, name, module in children(model):
@@ -62,7 +64,7 @@ def choose(
             linears.setdefault(id(module), Candidate(module, [])).places.append((parent, attribute, name))
         elif _owns_matrix(module):
             left_alone[name] = f"{type(module).__name__} is not nn.Linear"
-    _require_matches(model, skip, only)
+    notes = _unmatched(model, skip, only)
     chosen: dict[int, Candidate] = {}
     in_float32 = _kept_in_float32(model)
     for key, candidate in linears.items():
@@ -74,22 +76,29 @@ def choose(
     holders = {key: _foreign_holder(model, candidate, chosen) for key, candidate in chosen.items()}
     for key, holder in holders.items():
         name = chosen[key].name
-        if holder is not None and not (only and _matches(name, only)):
+        if holder is not None and only and _matches(name, only):
+            notes.append(f"{name}.weight was tied to {holder}, which stays dense: they are separate now")
+        elif holder is not None:
             del chosen[key]
             left_alone[name] = f"its weight is tied to {holder}"
-    return list(chosen.values()), [LeftAlone(name, reason) for name, reason in left_alone.items()]
+    return list(chosen.values()), [LeftAlone(name, reason) for name, reason in left_alone.items()], notes
 
 
 def _owns_matrix(module: nn.Module) -> bool:
-    return any(p.is_floating_point() and p.dim() >= 2 for p in module.parameters(recurse=False))
+    parameters = [p for p in module.parameters(recurse=False) if not is_lazy(p)]
+    return any(p.is_floating_point() and p.dim() >= 2 for p in parameters)
 
 
-def _require_matches(model: nn.Module, skip: tuple[str, ...], only: tuple[str, ...] | None) -> None:
+def _unmatched(model: nn.Module, skip: tuple[str, ...], only: tuple[str, ...] | None) -> list[str]:
+    """Notes on patterns of ``skip`` that match nothing: one list may serve many models. For ``only`` it is an error."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    for what, patterns in (("skip", skip), ("only", only or ())):
-        for pattern in patterns:
-            if not any(_matches(name, [pattern]) for name in names):
-                raise ValueError(f"quantize_model: {what} pattern '{pattern}' matches no module of this model")
+
+    def unmatched(patterns: tuple[str, ...]) -> list[str]:
+        return [pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
+
+    for pattern in unmatched(only or ()):
+        raise ValueError(f"quantize_model: only pattern '{pattern}' matches no module of this model")
+    return [f"skip pattern '{pattern}' matches no module of this model" for pattern in unmatched(skip)]
 
 
 def _kept_in_float32(model: nn.Module) -> dict[str, str]:
@@ -129,6 +138,8 @@ def _reason_to_leave(
 
 
 def _reason_in_layer(module: nn.Linear) -> str | None:
+    if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+        return "it is not initialized yet: run the model once first"
     if parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "its weight is parametrized"
     if type(module).forward is not nn.Linear.forward or "forward" in vars(module):

@@ -36,7 +36,12 @@ def effective_group_size(n_cols: int, group_size: int) -> int:
     """
     if n_cols >= group_size or n_cols == 0:
         return group_size
-    return min(range(group_size, 0, -1), key=lambda size: padded_columns(n_cols, size))
+    return min(_sizes(n_cols, group_size), key=lambda size: padded_columns(n_cols, size))
+
+
+def _sizes(n_cols: int, group_size: int) -> range:
+    """The group sizes worth a look, the largest first: one beyond n_cols + 1 only pads more."""
+    return range(min(group_size, n_cols + 1), 0, -1)
 
 
 def stored_bits(n_cols: int, group_size: int) -> int:
@@ -54,7 +59,7 @@ def cheapest_group_size(n_cols: int, group_size: int) -> int:
     """
     if n_cols == 0:
         return group_size
-    return min(range(group_size, 0, -1), key=lambda size: stored_bits(n_cols, size))
+    return min(_sizes(n_cols, group_size), key=lambda size: stored_bits(n_cols, size))
 
 
 def bits_per_weight(n_cols: int, group_size: int) -> float:

@@ -2,7 +2,7 @@
 
 # No "from __future__ import annotations" here: TorchScript reads the annotation of `scales` as a type, not as a string.
 from collections.abc import Callable
-from math import sqrt
+from math import lcm, sqrt
 from typing import Any
 
 import torch
@@ -256,12 +256,27 @@ class NF4Linear(nn.Linear):
             raise ValueError(f"{name}: the state holds {found} but no {lost}; packed bytes and scales belong together")
         self._check_packed_state(name, weight, scales)
 
+    def _require_zero_padding(self, name: str, weight: Tensor, scales: Tensor) -> None:
+        """Weights where this layer has padding are a wider layer's: loading them would lose its last columns."""
+        columns = 2 * weight.size(1)
+        if self.in_features == columns or weight.is_meta or weight.numel() == 0:
+            return
+        block = lcm(2, self.group_size)  # the padding lies in the last one
+        last = weight[:, -block // 2 :], scales[:, -block // self.group_size :]
+        decoded = torch.ops.squish.dequantize_nf4(*last, self.group_size)
+        if bool(decoded[:, self.in_features - columns :].any()):
+            raise ValueError(
+                f"{name}: the state holds weights beyond column {self.in_features}, where this layer's padding is; "
+                f"it was saved from a layer with more in_features"
+            )
+
     def _check_packed_state(self, name: str, weight: Tensor, scales: Tensor) -> None:
         if weight.dtype != torch.uint8 or scales.dtype != torch.float32:
             raise TypeError(
                 f"{name}: packed weight must be uint8 and scales float32, got {weight.dtype} and {scales.dtype}"
             )
         if weight.shape == self.weight.shape and scales.shape == self.scales.shape:
+            self._require_zero_padding(name, weight, scales)
             return
         message = (
             f"{name}: packed weight {tuple(weight.shape)} and scales {tuple(scales.shape)} do not fit; "

@@ -78,7 +78,7 @@ def quantize_model(
 
     Raises:
         TypeError: ``model`` is itself an nn.Linear, which cannot be replaced in place.
-        ValueError: a weight holds NaN or infinity, group_size is not positive, or a pattern matches no module.
+        ValueError: a weight holds NaN or infinity, group_size is not positive, or a pattern of only matches no module.
     """
     if group_size < 1:
         raise ValueError(f"quantize_model: group_size must be at least 1, got {group_size}")
@@ -87,7 +87,7 @@ def quantize_model(
             "quantize_model: a bare nn.Linear cannot be replaced in place; use NF4Linear.from_linear(linear)"
         )
     skip, only = as_patterns(skip), None if only is None else as_patterns(only)
-    candidates, left_alone = choose(model, skip, only)
+    candidates, left_alone, notes = choose(model, skip, only)
     for candidate in candidates:
         _require_finite(candidate)
     before = _bytes_of(model)
@@ -99,7 +99,8 @@ def quantize_model(
         for parent, attribute, _ in candidate.places:
             setattr(parent, attribute, layer)
         layers.append(report)
-    return QuantizeReport(tuple(layers), tuple(left_alone), tuple(_notes(model)), before, _bytes_of(model))
+    notes += _lost_on_meta(model)
+    return QuantizeReport(tuple(layers), tuple(left_alone), tuple(notes), before, _bytes_of(model))
 
 
 def dequantize_model(model: nn.Module) -> tuple[str, ...]:
@@ -122,6 +123,7 @@ def dequantize_model(model: nn.Module) -> tuple[str, ...]:
         if id(module) not in dense:
             linear = module.to_linear()
             linear.weight = weights.setdefault(id(module.weight), linear.weight)
+            linear.bias = module.bias
             dense[id(module)] = linear
         setattr(parent, attribute, dense[id(module)])
         names.append(name)
@@ -145,6 +147,8 @@ def _quantize(candidate: Candidate, group_size: int, tied: NF4Linear | None) -> 
     layer = NF4Linear.from_linear(linear, group_size)
     if tied is not None:
         layer.weight, layer.scales = tied.weight, tied.scales
+    if linear.bias is not None and not linear.bias.is_inference():
+        layer.bias = linear.bias  # itself, not a copy: another module may hold it too
     shape = (linear.out_features, linear.in_features)
     error = _relative_rms_error(linear.weight.detach(), layer)
     return layer, LayerReport(candidate.name, shape, layer.group_size, layer.bits_per_weight, error)
@@ -165,7 +169,7 @@ def _relative_rms_error(weight: Tensor, layer: NF4Linear) -> float | None:
     return (squared_error / squared_norm) ** 0.5 if squared_norm > 0 else 0.0
 
 
-def _notes(model: nn.Module) -> list[str]:
+def _lost_on_meta(model: nn.Module) -> list[str]:
     lost = [
         f"{name}.{buffer}" if name else buffer
         for name, module in model.named_modules()

@@ -95,8 +95,10 @@ def refuse_non_finite(what: str, w: Tensor, scales: Tensor) -> None:
 def _may_look(tensor: Tensor) -> bool:
     if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():  # torch.jit.trace; compile, export
         return False
-    if tensor.is_meta or type(tensor) is not Tensor:
+    if tensor.is_meta:
         return False
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False  # FakeTensor and its like
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False  # make_fx, FakeTensorMode; torch.func transforms
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

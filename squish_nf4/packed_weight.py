@@ -33,6 +33,10 @@ class PackedWeight(nn.Parameter):
     def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As a PackedWeight: torch would make a plain Parameter of it, and tied layers would each replace that one."""
+        return PackedWeight, (self.data, False)
+
     zero_ = _refuse_value("zero_")
     fill_ = _refuse_value("fill_")
     normal_ = _refuse_value("normal_")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import squish_nf4
 from squish_nf4 import _C
 from tests import reference
 from tests.compiling import ROOT, run
@@ -134,3 +136,10 @@ NIBBLES = [
 @pytest.mark.parametrize("code", NIBBLES)
 def test_search_for_nibbles_finds_them(code: str) -> None:
     assert len(nibble_arithmetic(code)) == 1
+
+
+def test_row_worked_by_hand_in_the_docs_is_what_the_operator_writes() -> None:
+    """The Python block of docs/format.md, run as it stands there."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "format.md").read_text(), re.DOTALL)
+    assert "assert" in block
+    exec(block, {"torch": torch, "squish_nf4": squish_nf4})

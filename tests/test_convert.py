@@ -438,3 +438,10 @@ def test_a_real_model_comes_back(tmp_path):
         else:
             np.testing.assert_array_equal(read.numpy(), dequantized(w, entry.group_size))
             assert 0.07 < entry.relative_error < 0.10
+
+
+def test_a_matrix_of_short_rows_that_grows_is_noted(tmp_path: Path) -> None:
+    tensors = {"short": torch.randn(4, 3, 2, 2).half(), "long": torch.randn(4, 64).half()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    report = convert(tmp_path / "model.safetensors", tmp_path / "out")
+    assert report.notes == ["more bits in NF4 than before, for their rows are short; passthrough keeps them: short"]

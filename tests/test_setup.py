@@ -98,6 +98,28 @@ def test_make_is_not_needed(tmp_path: Path) -> None:
 # The decisions, on made-up toolkits.
 
 
+@pytest.mark.parametrize(
+    ("known", "chosen"),
+    [
+        ("compute_75 compute_80 compute_86 compute_89 compute_90", "7.5;8.0;8.6;8.9;9.0+PTX"),
+        ("compute_75 compute_80 compute_86 compute_89 compute_90 compute_100 compute_120 compute_121",
+         "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ("compute_90 compute_100 compute_120", "9.0;10.0;12.0+PTX"),
+    ],
+)  # fmt: skip
+def test_an_older_toolkit_compiles_for_the_gpus_it_knows(
+    setup_py: dict[str, Any], tmp_path: Path, known: str, chosen: str
+) -> None:
+    script(tmp_path / "bin" / "nvcc", f'test "$1" = --list-gpu-arch && printf "%s\\n" {known}')
+    assert setup_py["architectures_of"](tmp_path) == chosen
+
+
+def test_a_toolkit_that_knows_none_of_our_gpus_is_named(setup_py: dict[str, Any], tmp_path: Path) -> None:
+    script(tmp_path / "bin" / "nvcc", "echo compute_50")
+    with pytest.raises(SystemExit, match="compiles for none of 7.5, 8.0"):
+        setup_py["architectures_of"](tmp_path)
+
+
 @pytest.fixture
 def setup_py(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """setup.py's names. It believes in a torch with CUDA 13.0 and sees no toolkit but those a test makes."""

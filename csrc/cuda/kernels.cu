@@ -66,26 +66,34 @@ struct alignas(sizeof(T) * kValues) Vector {
   T value[kValues];
 };
 
-// A thread decodes kBytes packed bytes and stores them as one vector. With more than one byte, all are of one group.
-template <int kBytes, typename T>
+// A thread decodes kBytes packed bytes, reads them as one vector and stores their columns as vectors of kStore. With
+// more than one byte, all are of one group. The pointers are aligned to these vectors.
+template <int kBytes, int kStore, typename T>
 __global__ void __launch_bounds__(kThreads)
     dequantize_bytes(const Vector<uint8_t, kBytes>* __restrict__ packed, const float* __restrict__ scales,
-                     int64_t vectors, int64_t group_size, Vector<T, 2 * kBytes>* __restrict__ out) {
+                     int64_t vectors, int64_t group_size, Vector<T, kStore>* __restrict__ out) {
   __shared__ SharedCodebook shared;
   stage_levels(shared);
+  constexpr int kStores = 2 * kBytes / kStore;
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t v = blockIdx.x * int64_t{kThreads} + threadIdx.x; v < vectors; v += step) {
     const Vector<uint8_t, kBytes> bytes = packed[v];
     const int64_t column = v * (2 * kBytes);
     const float even_scale = scales[column / group_size];
     const float odd_scale = kBytes == 1 ? scales[(column + 1) / group_size] : even_scale;  // differ if it is odd
-    Vector<T, 2 * kBytes> values;
+    T values[2 * kBytes];
 #pragma unroll
     for (int b = 0; b < kBytes; ++b) {
-      values.value[2 * b] = nf4::decode<T>(nf4::even_index(bytes.value[b]), even_scale, shared.level);
-      values.value[2 * b + 1] = nf4::decode<T>(nf4::odd_index(bytes.value[b]), odd_scale, shared.level);
+      values[2 * b] = nf4::decode<T>(nf4::even_index(bytes.value[b]), even_scale, shared.level);
+      values[2 * b + 1] = nf4::decode<T>(nf4::odd_index(bytes.value[b]), odd_scale, shared.level);
     }
-    out[v] = values;
+#pragma unroll
+    for (int s = 0; s < kStores; ++s) {
+      Vector<T, kStore> store;
+#pragma unroll
+      for (int i = 0; i < kStore; ++i) store.value[i] = values[s * kStore + i];
+      out[v * kStores + s] = store;
+    }
   }
 }
 
@@ -100,13 +108,13 @@ bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % alignof(T) == 0;
 }
 
-template <int kBytes, typename T>
+template <int kBytes, int kStore, typename T>
 cudaError_t launch_dequantize(const uint8_t* packed, const float* scales, int64_t count, int64_t group_size, T* out,
                               cudaStream_t stream) {
   const int64_t vectors = count / (2 * kBytes);
-  dequantize_bytes<kBytes, T><<<grid_for(vectors, kThreads), kThreads, 0, stream>>>(
+  dequantize_bytes<kBytes, kStore, T><<<grid_for(vectors, kThreads), kThreads, 0, stream>>>(
       reinterpret_cast<const Vector<uint8_t, kBytes>*>(packed), scales, vectors, group_size,
-      reinterpret_cast<Vector<T, 2 * kBytes>*>(out));
+      reinterpret_cast<Vector<T, kStore>*>(out));
   return cudaGetLastError();
 }
 
@@ -133,11 +141,13 @@ template <typename T>
 cudaError_t dequantize(const uint8_t* packed, const float* scales, int64_t count, int64_t group_size, T* out,
                        cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
-  constexpr int kWide = 4;  // eight columns: 16 or 32 bytes a store
-  const bool wide = group_size % (2 * kWide) == 0 && is_aligned<Vector<uint8_t, kWide>>(packed) &&
-                    is_aligned<Vector<T, 2 * kWide>>(out);
-  return wide ? launch_dequantize<kWide>(packed, scales, count, group_size, out, stream)
-              : launch_dequantize<1>(packed, scales, count, group_size, out, stream);
+  // `out` may be a view that starts anywhere in a tensor of the caller's, so its alignment is looked at.
+  constexpr int kWide = 4;                                  // packed bytes a thread
+  constexpr int kStore = 16 / static_cast<int>(sizeof(T));  // columns a store: 16 bytes
+  if (group_size % (2 * kWide) == 0 && is_aligned<Vector<uint8_t, kWide>>(packed) && is_aligned<Vector<T, kStore>>(out))
+    return launch_dequantize<kWide, kStore>(packed, scales, count, group_size, out, stream);
+  if (is_aligned<Vector<T, 2>>(out)) return launch_dequantize<1, 2>(packed, scales, count, group_size, out, stream);
+  return launch_dequantize<1, 1>(packed, scales, count, group_size, out, stream);
 }
 
 #define SQUISH_INSTANTIATE_QUANTIZE(T) \

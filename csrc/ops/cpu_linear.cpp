@@ -7,9 +7,9 @@
 #include <torch/library.h>
 
 #include "csrc/cpu/activations.h"
-#include "csrc/nf4/tiles.h"
 #include "csrc/ops/checks.h"
 #include "csrc/ops/cpu_rows.h"
+#include "csrc/ops/weight_tiles.h"
 
 namespace squish::ops {
 namespace {
@@ -65,16 +65,12 @@ void fused_linear(const Problem& p, const Tensor& x, const Tensor& bias, const T
   });
 }
 
-// Calls use(first_row, tile) for each tile of the decoded weight, d columns wide.
 template <typename Use>
 void for_each_tile(const Problem& p, at::ScalarType dtype, const Use& use) {
-  const nf4::Tiles tiles = nf4::cut_rows(p.n, p.columns * static_cast<int64_t>(at::elementSize(dtype)), kTileBytes);
-  const Tensor scratch = at::empty({tiles.rows, p.columns}, p.packed.options().dtype(dtype));
-  for (int64_t row = 0; row < p.n; row += tiles.rows) {
-    const Tensor tile = scratch.narrow(0, 0, std::min(tiles.rows, p.n - row));
+  const auto decode = [&](int64_t row, const Tensor& tile) {
     decode_rows(*p.path.kernels, p.packed, p.scales, p.group_size, row, tile);
-    use(row, tile.narrow(1, 0, p.d));
-  }
+  };
+  ops::for_each_tile(p.packed, p.d, dtype, kTileBytes, decode, use);
 }
 
 // y = x W^T + bias, where x, W and the bias have one dtype in which ATen accumulates in float32 and rounds once.
@@ -96,13 +92,6 @@ bool multiplies_in_own_dtype(const Problem& p, const Tensor& x, const std::optio
          (!bias || bias->scalar_type() == at::kBFloat16);
 }
 
-// Calls use(first, count) for stretches of the m activations whose float32 copies, `floats` each, fit the scratch.
-template <typename Use>
-void for_each_activation_stretch(const Problem& p, int64_t floats, const Use& use) {
-  const nf4::Tiles stretches = nf4::cut_rows(p.m, floats * 4, kActivationBytes);
-  for (int64_t first = 0; first < p.m; first += stretches.rows) use(first, std::min(stretches.rows, p.m - first));
-}
-
 Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
                   int64_t group_size) {
   at::AutoDispatchBelowADInplaceOrView below;
@@ -122,7 +111,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
     tiled_linear(p, rows, bias ? std::optional(bias->to(x.scalar_type())) : std::nullopt, y);
   } else {
     const Tensor bias32 = as_float32(bias);
-    for_each_activation_stretch(p, d + n, [&](int64_t first, int64_t count) {
+    for_each_stretch_of_activations(p.m, d + n, kActivationBytes, [&](int64_t first, int64_t count) {
       const Tensor x32 = rows.narrow(0, first, count).to(at::kFloat);
       const Tensor y32 = at::empty({count, n}, x32.options());
       tiled_linear(p, x32, bias ? std::optional(bias32) : std::nullopt, y32);
@@ -145,7 +134,7 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
                   packed.size(1) * 2,  selected()};
   const Tensor rows = dy.reshape({p.m, n});
   const Tensor dx = result.view({p.m, d});
-  for_each_activation_stretch(p, d + n, [&](int64_t first, int64_t count) {
+  for_each_stretch_of_activations(p.m, d + n, kActivationBytes, [&](int64_t first, int64_t count) {
     const Tensor dy32 = rows.narrow(0, first, count).to(at::kFloat);
     Tensor sum = at::zeros({count, d}, dy32.options());
     for_each_tile(p, at::kFloat,

@@ -11,8 +11,8 @@
 #include <torch/library.h>
 
 #include "csrc/cuda/kernels.h"
-#include "csrc/nf4/tiles.h"
 #include "csrc/ops/checks.h"
+#include "csrc/ops/weight_tiles.h"
 
 namespace squish::ops {
 namespace {
@@ -85,18 +85,11 @@ Tensor& dequantize_nf4_out(const Tensor& packed, const Tensor& scales, int64_t g
   return out;
 }
 
-// Calls use(first_row, tile) for each tile of the decoded weight, d columns wide.
 template <typename Use>
 void for_each_tile(const Tensor& packed, const Tensor& scales, int64_t group_size, int64_t d, at::ScalarType dtype,
                    const Use& use) {
-  const int64_t n = packed.size(0), columns = packed.size(1) * 2;
-  const nf4::Tiles tiles = nf4::cut_rows(n, columns * static_cast<int64_t>(at::elementSize(dtype)), kTileBytes);
-  const Tensor scratch = at::empty({tiles.rows, columns}, packed.options().dtype(dtype));
-  for (int64_t row = 0; row < n; row += tiles.rows) {
-    const Tensor tile = scratch.narrow(0, 0, std::min(tiles.rows, n - row));
-    decode_rows(packed, scales, group_size, row, tile);
-    use(row, tile.narrow(1, 0, d));
-  }
+  const auto decode = [&](int64_t row, const Tensor& tile) { decode_rows(packed, scales, group_size, row, tile); };
+  ops::for_each_tile(packed, d, dtype, kTileBytes, decode, use);
 }
 
 // a b in float32, whatever their dtype.
@@ -119,13 +112,11 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   for_each_tile(packed.contiguous(), scales.contiguous(), group_size, d, x.scalar_type(),
                 [&](int64_t row, const Tensor& tile) {
                   const int64_t count = tile.size(0);
-                  const nf4::Tiles stretches = nf4::cut_rows(m, count * 4, kProductBytes);
-                  for (int64_t first = 0; first < m; first += stretches.rows) {
-                    const int64_t stretch = std::min(stretches.rows, m - first);
+                  for_each_stretch_of_activations(m, count, kProductBytes, [&](int64_t first, int64_t stretch) {
                     Tensor product = multiply(rows.narrow(0, first, stretch), tile.t());
                     if (bias) product.add_(bias32.narrow(0, row, count));
                     y.narrow(0, first, stretch).narrow(1, row, count).copy_(product);
-                  }
+                  });
                 });
   return result;
 }
@@ -138,12 +129,20 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
   const int64_t n = packed.size(0);
   const auto shape = with_last_dim(dy, d);
   if (n == 0) return at::zeros(C10_AS_INTARRAYREF_SLOW(shape), dy.options());
+  Tensor result = at::empty(C10_AS_INTARRAYREF_SLOW(shape), dy.options());
+  if (result.numel() == 0) return result;
   const int64_t m = dy.numel() / n;
-  const Tensor rows = dy.reshape({m, n});
-  const Tensor sum = at::zeros({m, d}, dy.options().dtype(at::kFloat));
-  for_each_tile(packed.contiguous(), scales.contiguous(), group_size, d, dy.scalar_type(),
-                [&](int64_t row, const Tensor& tile) { sum.add_(multiply(rows.narrow(1, row, tile.size(0)), tile)); });
-  return sum.to(dy.scalar_type()).view(C10_AS_INTARRAYREF_SLOW(shape));
+  const Tensor rows = dy.reshape({m, n}), dx = result.view({m, d});
+  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  // Twice d floats for each: the sum, and the product that is added to it.
+  for_each_stretch_of_activations(m, 2 * d, kProductBytes, [&](int64_t first, int64_t count) {
+    const Tensor sum = at::zeros({count, d}, dy.options().dtype(at::kFloat));
+    for_each_tile(bytes, scale, group_size, d, dy.scalar_type(), [&](int64_t row, const Tensor& tile) {
+      sum.add_(multiply(rows.narrow(0, first, count).narrow(1, row, tile.size(0)), tile));
+    });
+    dx.narrow(0, first, count).copy_(sum);
+  });
+  return result;
 }
 
 }  // namespace

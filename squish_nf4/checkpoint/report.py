@@ -107,6 +107,8 @@ def notes_on(tensors: Sequence[TensorReport]) -> list[str]:
         f"{' and float16 would lose values' if stored == 'float32' else ''}: {listed(names)}"
         for (source, stored), names in grown.items()
     ]
+    if names := [tensor.name for tensor in tensors if tensor.kind == "nf4" and takes_more_bits(tensor)]:
+        notes.append(f"more bits in NF4 than before, for their rows are short; passthrough keeps them: {listed(names)}")
     if names := [tensor.name for tensor in tensors if not tensor.finite]:
         notes.append(f"kept with the NaN or infinity they hold: {listed(names)}")
     return notes
@@ -114,3 +116,7 @@ def notes_on(tensors: Sequence[TensorReport]) -> list[str]:
 
 def grew(tensor: TensorReport) -> bool:
     return tensor.kind == "kept" and np.dtype(tensor.stored_dtype).itemsize > dtype_named(tensor.source_dtype).itemsize
+
+
+def takes_more_bits(tensor: TensorReport) -> bool:
+    return tensor.bits_per_weight > 8 * dtype_named(tensor.source_dtype).itemsize

@@ -70,7 +70,12 @@ def to_tensor(values: Array, dtype: torch.dtype = torch.float32) -> Tensor:
         tensor = torch.from_numpy(values).contiguous()
     except TypeError as error:
         raise ValueError(f"torch has no {values.dtype}") from error
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if not tensor.is_floating_point():
+        return tensor
+    converted = tensor.to(dtype)
+    if tensor.dtype == torch.float64 and bool((tensor.isfinite() & ~converted.isfinite()).any()):
+        raise ValueError(f"holds values that {str(dtype)[6:]} cannot; read it with dtype='source' or torch.float64")
+    return converted
 
 
 def read_shape(path: Path, numel: int) -> list[int]:

@@ -172,7 +172,7 @@ def run(
 def require_extras() -> None:
     missing = [package for module, package in EXTRAS.items() if find_spec(module) is None]
     if missing:
-        raise ImportError(f"the demo needs {', '.join(missing)}; type: pip install 'squish_nf4[demo]'")
+        raise ImportError(f"the demo needs {', '.join(missing)}; type: pip install {' '.join(missing)}")
 
 
 def model_folder() -> Path:
