@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import squish_nf4.checkpoint.convert as convert_module
 from squish_nf4.checkpoint.convert import Progress, convert

@@ -18,10 +18,10 @@ from tests.helpers import ForcedIsa
 OPS = torch.ops.squish
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GROUP_SIZES = [1, 2, 3, 16, 32, 64, 100]
-BATCHES = [1, 2, 7, 8, 9, 16, 17, 24, 25, 40, 300]
+BATCHES = [1, 2, 6, 7, 8, 9, 16, 17, 40, 64, 65, 300]
 # Activations that our own kernel multiplies (docs/numerics.md); more in bfloat16 may go to the processor's own product.
-FUSED = [(torch.bfloat16, m) for m in (1, 2, 7, 8)]
-FUSED += [(dtype, m) for dtype in (torch.float32, torch.float16) for m in (1, 2, 7, 8, 9, 16, 24)]
+FUSED = [(torch.bfloat16, m) for m in (1, 2, 5, 6)]
+FUSED += [(dtype, m) for dtype in (torch.float32, torch.float16) for m in (1, 2, 7, 8, 9, 16, 64)]
 
 
 def packed_weight(rng: np.random.Generator, n: int, d: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +168,7 @@ def test_the_bias_is_added_in_float32_before_the_one_rounding(
     forced_isa: ForcedIsa, dtype: torch.dtype, bias_dtype: torch.dtype
 ) -> None:
     names = [str(d).removeprefix("torch.") for d in (dtype, bias_dtype)]
-    for m in (1, 8, 9, 24, 25, 40, 300):
+    for m in (1, 6, 7, 8, 9, 64, 65, 300):
         for n in (5, 70):
             found = forced_isa(rounded_once, m, n, *names)
             assert [case for case in found if not case[2]] == [], (m, n)
@@ -195,7 +195,7 @@ def test_fused_sizes_give_the_same_bits_for_every_number_of_threads(
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("m", [9, 25, 40, 300])
+@pytest.mark.parametrize("m", [7, 40, 65, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_larger_sizes_give_the_same_bits_on_every_run(rng: np.random.Generator, dtype: torch.dtype, m: int) -> None:
     packed, scales, _ = packed_weight(rng, 500, 512, 64)

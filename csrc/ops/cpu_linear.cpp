@@ -16,8 +16,8 @@ namespace {
 
 // Up to this many activations the fused kernel is faster than decoding tiles for ATen, by benchmarks/linear.py. The
 // order of summation changes there, so docs/numerics.md states them.
-constexpr int64_t kFusedActivations = 24;
-constexpr int64_t kFusedActivationsBFloat16 = 8;         // where the processor multiplies bfloat16 itself
+constexpr int64_t kFusedActivations = 64;
+constexpr int64_t kFusedActivationsBFloat16 = 6;         // where the processor multiplies bfloat16 itself
 constexpr int64_t kTileBytes = int64_t{4} << 20;         // decoded weight in scratch
 constexpr int64_t kActivationBytes = int64_t{16} << 20;  // float32 copies of 16-bit activations in scratch
 

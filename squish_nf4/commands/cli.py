@@ -66,10 +66,10 @@ def convert(
     ] = None,
     nf4: Annotated[bool, typer.Option("--nf4", help="Quantize to NF4, 4 bits per weight. Required.")] = False,
     model_dir: Annotated[
-        Path | None, typer.Option("--model-dir", metavar="IN", help="IN, by name.", show_default=False)
+        Path | None, typer.Option("--model-dir", metavar="IN", help="The same as IN.", show_default=False)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="OUT", help="OUT, by name.", show_default=False)
+        Path | None, typer.Option("--output", metavar="OUT", help="The same as OUT.", show_default=False)
     ] = None,
     passthrough: Annotated[
         list[str] | None,

@@ -140,7 +140,7 @@ def draw_errors(axes: Any, layers: tuple[LayerReport, ...]) -> None:
     if expected is not None:
         axes.axvline(expected, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
         label = {"color": "#666666", "size": 8, "va": "bottom", "ha": "center"}
-        axes.text(expected, 1.005, "normal weights", transform=axes.get_xaxis_transform(), **label)
+        axes.text(expected, 1.005, "Gaussian weights", transform=axes.get_xaxis_transform(), **label)
     low, high = min(errors.min(), expected or 1.0), errors.max()
     axes.set_xlim(low - 0.2 * (high - low), high + 0.2 * (high - low))
 
@@ -155,7 +155,7 @@ def draw_similarities(axes: Any, agreement: Agreement) -> None:
     axes.scatter(dense[paraphrase], nf4[paraphrase], s=34, color=ORANGE, edgecolors="white", linewidths=0.6, zorder=3)
     axes.set_title("Similarity of two sentences: dense and NF4")
     axes.set_xlabel("cosine of their embeddings, dense model")
-    axes.set_ylabel("NF4 model")
+    axes.set_ylabel("cosine of their embeddings, NF4 model")
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal")

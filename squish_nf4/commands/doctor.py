@@ -66,9 +66,11 @@ def library_facts() -> dict[str, str]:
 def cpu_facts() -> dict[str, str]:
     cap = os.environ.get("SQUISH_NF4_ISA")
     model, features = cpu_model_and_features()
+    path = cpu_path()
+    effect = "caps the path" if path else "refused"
     return {
-        "path in use": cpu_path() or f"none: {cpu_path_error()}",
-        "SQUISH_NF4_ISA": f"{cap} (caps the path)" if cap else "not set (the best path is taken)",
+        "path in use": path or f"none: {cpu_path_error()}",
+        "SQUISH_NF4_ISA": f"{cap} ({effect})" if cap else "not set (the best path is taken)",
         "processor": f"{model} ({platform.machine()})",
         "features": " ".join(name for name in CPU_FEATURES if name in features) or "none that is used",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
