@@ -445,5 +445,5 @@ def test_a_matrix_of_short_rows_that_grows_is_noted(tmp_path: Path) -> None:
     tensors = {"short": torch.randn(4, 3, 2, 2).half(), "long": torch.randn(4, 64).half()}
     save_file(tensors, tmp_path / "model.safetensors")
     report = convert(tmp_path / "model.safetensors", tmp_path / "out")
-    note = "more bits in NF4 than before, for their rows are short; passthrough keeps them: short"
+    note = "more bits in NF4 than before, for their rows are short; passthrough keeps them: 'short'"
     assert report.notes == (note,)
