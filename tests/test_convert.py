@@ -447,3 +447,10 @@ def test_a_matrix_of_short_rows_that_grows_is_noted(tmp_path: Path) -> None:
     report = convert(tmp_path / "model.safetensors", tmp_path / "out")
     note = "more bits in NF4 than before, for their rows are short; passthrough keeps them: 'short'"
     assert report.notes == (note,)
+
+
+def test_a_group_size_that_is_no_whole_number_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    save_file({"w": torch.randn(4, 64)}, tmp_path / "model.safetensors")
+    with pytest.raises(TypeError, match=r"group_size must be a whole number, got 2\.5"):
+        convert(tmp_path / "model.safetensors", tmp_path / "out", group_size=2.5)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()

@@ -78,6 +78,8 @@ def quantize_tensor(
 
 
 def check_options(group_size: int | None, outlier_threshold: float, passthrough: Sequence[str]) -> None:
+    if group_size is not None and not isinstance(group_size, int):
+        raise TypeError(f"group_size must be a whole number, got {group_size!r}")
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
     if not outlier_threshold >= 0:  # NaN too
