@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import squish_nf4
 from squish_nf4 import _C
+from squish_nf4.commands.doctor import cpu_model_and_features
 
 Candidate = Callable[[int], object]  # called with the number of the round, so that it can rotate over copies
 
@@ -53,8 +52,7 @@ def print_table(title: str, timings: Mapping[str, Timing], baseline: str) -> Non
 
 def machine() -> str:
     """What a figure has to say about where it was measured."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    model, _ = cpu_model_and_features()
     return (
         f"{model}, {torch.get_num_threads()} threads, CPU path {_C.cpu_isa()}, squish_nf4 {squish_nf4.__version__}, "
         f"torch {torch.__version__}"

@@ -6,15 +6,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from squish_nf4.linear import NF4Linear
+from squish_nf4.ops import COMPUTE_DTYPES
 
 OUTPUT_HEADS = ("lm_head", "embed_out")  # quantized only if `only` names them: errors there reach the output directly
-_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def _reason_in_layer(module: nn.Linear) -> str | None:
         return f"{type(module).__name__} has a forward of its own"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"
-    if module.weight.dtype not in _COMPUTE_DTYPES:
+    if module.weight.dtype not in COMPUTE_DTYPES:
         return f"its weight is {module.weight.dtype}; float32, bfloat16 and float16 are computed"
     return None
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from squish_nf4.layout import bits_per_weight, effective_group_size, padded_columns
+from squish_nf4.ops import COMPUTE_DTYPES
 from squish_nf4.packed_weight import PackedWeight, quantize_padded
 
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # TorchScript chokes on it below
-_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.fx.wrap  # one call in a torch.fx graph: symbolic tracing cannot look at the width
@@ -76,7 +76,7 @@ class NF4Linear(nn.Linear):
                 "NF4Linear: in_features and out_features must not be negative and group_size must be at least 1, "
                 f"got {in_features}, {out_features}, {group_size}"
             )
-        if dtype not in _COMPUTE_DTYPES:
+        if dtype not in COMPUTE_DTYPES:
             raise TypeError(f"NF4Linear: dtype must be float32, bfloat16 or float16, got {dtype}")
         self.in_features = in_features
         self.out_features = out_features
@@ -105,7 +105,7 @@ class NF4Linear(nn.Linear):
         if not isinstance(linear, nn.Linear) or isinstance(linear, NF4Linear):
             raise TypeError(f"NF4Linear.from_linear: a dense nn.Linear is wanted, got {type(linear).__name__}")
         weight, bias = linear.weight, linear.bias
-        if weight.dtype not in _COMPUTE_DTYPES:
+        if weight.dtype not in COMPUTE_DTYPES:
             raise TypeError(
                 f"NF4Linear.from_linear: weight must be float32, bfloat16 or float16, got {weight.dtype}; cast it first"
             )
@@ -192,17 +192,13 @@ class NF4Linear(nn.Linear):
     def _cast_by(self, fn: Callable[[Tensor], Tensor]) -> torch.dtype:
         """The dtype that ``fn`` gives a dense weight; float64 and others, which the operator refuses, are ignored."""
         dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=self.weight.device)).dtype
-        return dtype if dtype in _COMPUTE_DTYPES else self.dense_dtype
+        return dtype if dtype in COMPUTE_DTYPES else self.dense_dtype
 
     def _keep_packed_weight(self) -> None:
-        """torch makes a plain Parameter of ours when it moves, assigns or unpickles one."""
+        """torch makes a plain Parameter of ours when it moves or assigns one."""
         weight = self._parameters["weight"]
         if weight is not None and not isinstance(weight, PackedWeight):
             self._parameters["weight"] = PackedWeight(weight.data, False)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._keep_packed_weight()
 
     def _load_from_state_dict(
         self,
@@ -231,7 +227,7 @@ class NF4Linear(nn.Linear):
         """The dtype of a state's dense weight, else of its bias; ours if it has neither."""
         for part in ("weight", "bias"):
             tensor = own.get(prefix + part)
-            if tensor is not None and tensor.dtype in _COMPUTE_DTYPES:
+            if tensor is not None and tensor.dtype in COMPUTE_DTYPES:
                 return tensor.dtype  # type: ignore[no-any-return]
         return self.dense_dtype
 

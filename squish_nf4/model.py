@@ -90,7 +90,7 @@ def quantize_model(
     candidates, left_alone, notes = choose(model, skip, only)
     for candidate in candidates:
         _require_finite(candidate)
-    before = _bytes_of(model)
+    before = bytes_of(model)
     layers: list[LayerReport] = []
     replaced: dict[int, NF4Linear] = {}
     for candidate in candidates:
@@ -100,7 +100,7 @@ def quantize_model(
             setattr(parent, attribute, layer)
         layers.append(report)
     notes += _lost_on_meta(model)
-    return QuantizeReport(tuple(layers), tuple(left_alone), tuple(notes), before, _bytes_of(model))
+    return QuantizeReport(tuple(layers), tuple(left_alone), tuple(notes), before, bytes_of(model))
 
 
 def dequantize_model(model: nn.Module) -> tuple[str, ...]:
@@ -179,6 +179,7 @@ def _lost_on_meta(model: nn.Module) -> list[str]:
     return [f"on meta and in no state_dict, build again after loading: {', '.join(lost)}"] if lost else []
 
 
-def _bytes_of(model: nn.Module) -> int:
+def bytes_of(model: nn.Module) -> int:
+    """Of all parameters and buffers, each once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return sum(t.nbytes for t in tensors.values())

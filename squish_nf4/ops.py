@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations, biases and decoded weights
+
 
 def quantize_nf4(w: Tensor, group_size: int = 32) -> tuple[Tensor, Tensor]:
     """Encode a weight matrix at 4 bits per weight plus one float32 scale per group.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 
 def require(what: str, available: bool, why: str) -> None:
@@ -39,3 +42,24 @@ class ForcedIsa:
 
 def _set_isa(isa: str) -> None:
     os.environ["SQUISH_NF4_ISA"] = isa
+
+
+def through_pickle(module: Any) -> Any:
+    return pickle.loads(pickle.dumps(module))
+
+
+def through_torch_save(module: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def names(report: Any) -> list[str]:
+    """Of the layers that quantize_model quantized."""
+    return [layer.name for layer in report.layers]
+
+
+def reasons(report: Any) -> dict[str, str]:
+    """Why quantize_model left modules alone, by name."""
+    return {entry.name: entry.reason for entry in report.left_alone}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from squish_nf4 import NF4Linear
 from squish_nf4.packed_weight import PackedWeight
+from tests.helpers import through_pickle, through_torch_save
 
 SIZES = [(64, 64), (65, 32), (7, 64)]  # in_features, group_size: whole groups, padding, an effective group size
 
@@ -43,16 +42,9 @@ def require_same(layer: nn.Module, original: nn.Module) -> None:
 # --- copies and files -------------------------------------------------------------------------------------------------
 
 
-def through_torch_save(layer: NF4Linear) -> Any:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 COPIES: dict[str, Callable[[NF4Linear], Any]] = {
     "deepcopy": copy.deepcopy,
-    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "pickle": through_pickle,
     "torch.save": through_torch_save,
     "deepcopy of a model": lambda layer: copy.deepcopy(nn.Sequential(layer))[0],
 }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import nn
 from squish_nf4 import NF4Packer, library_path, quantize_nf4
 from tests import reference
 from tests.fresh_process import run_python
+from tests.helpers import through_pickle, through_torch_save
 
 JIT = pytest.mark.filterwarnings("ignore:.torch.jit.[a-z_]+. is deprecated:FutureWarning")
 
@@ -66,18 +65,15 @@ def test_non_finite_weights_are_refused_and_said_where() -> None:
         NF4Packer(16)(w)
 
 
-@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, through_pickle])
 def test_copies_pack_alike(again: object) -> None:
     w = torch.randn(6, 64)
     assert torch.equal(again(NF4Packer(16))(w)[1], NF4Packer(16)(w)[1])  # type: ignore[operator]
 
 
 def test_torch_save_and_load() -> None:
-    file = io.BytesIO()
-    torch.save(NF4Packer(16), file)
-    file.seek(0)
     w = torch.randn(6, 64)
-    assert torch.equal(torch.load(file, weights_only=False)(w)[0], NF4Packer(16)(w)[0])
+    assert torch.equal(through_torch_save(NF4Packer(16))(w)[0], NF4Packer(16)(w)[0])
 
 
 def test_it_exports_and_compiles_without_a_look_at_the_values() -> None:

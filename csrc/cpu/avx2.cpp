@@ -1,7 +1,6 @@
 // The AVX2 path (AVX2, FMA, F16C): eight columns a step; what is left of a group goes through the plain codec.
 #if defined(__x86_64__)
 
-#include <algorithm>
 #include <cstring>
 
 #include "csrc/cpu/kernels.h"
@@ -122,18 +121,7 @@ struct Avx2Path {
       const int32_t bytes = _mm_cvtsi128_si32(four);
       std::memcpy(packed + i / 2, &bytes, sizeof bytes);
     }
-    const float* boundaries = nf4::kCodebook.boundary;
-    for (; i < count; i += 2)
-      packed[i / 2] = nf4::pack_indices(nf4::encode(nf4::to_float(w[i]), scale, boundaries),
-                                        nf4::encode(nf4::to_float(w[i + 1]), scale, boundaries));
-  }
-
-  template <typename T>
-  static void decode_tail(const uint8_t* packed, int64_t i, int64_t count, float scale, T* out) {
-    for (; i < count; i += 2) {
-      out[i] = nf4::decode<T>(nf4::even_index(packed[i / 2]), scale, nf4::kCodebook.level);
-      out[i + 1] = nf4::decode<T>(nf4::odd_index(packed[i / 2]), scale, nf4::kCodebook.level);
-    }
+    nf4::encode_pairs(w + i, count - i, scale, nf4::kCodebook.boundary, packed + i / 2);
   }
 
   static void decode_pairs(const uint8_t* packed, int64_t count, float scale, float* out) {
@@ -146,12 +134,12 @@ struct Avx2Path {
       const __m256i index = _mm256_or_si256(pair, _mm256_slli_epi64(pair, 32 - nf4::kOddColumnShift));
       _mm256_storeu_ps(out + i, look_up(table, index));
     }
-    decode_tail(packed, i, count, scale, out);
+    nf4::decode_pairs(packed + i / 2, count - i, scale, nf4::kCodebook.level, out + i);
   }
 
   template <typename T>
   static void decode_pairs(const uint8_t* packed, int64_t count, float scale, T* out) {
-    if (count < 16) return decode_tail(packed, 0, count, scale, out);
+    if (count < 16) return nf4::decode_pairs(packed, count, scale, nf4::kCodebook.level, out);
     const BytePlanes planes = byte_planes<T>(scale);
     const __m128i nibble = _mm_set1_epi8(static_cast<char>(nf4::kNibbleMask));
     int64_t i = 0;
@@ -164,7 +152,7 @@ struct Avx2Path {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_unpacklo_epi8(low, high));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i + 8), _mm_unpackhi_epi8(low, high));
     }
-    decode_tail(packed, i, count, scale, out);
+    nf4::decode_pairs(packed + i / 2, count - i, scale, nf4::kCodebook.level, out + i);
   }
 
   template <int M>

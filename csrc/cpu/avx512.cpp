@@ -1,8 +1,6 @@
 // The AVX-512 path (F, BW, DQ, VL): sixteen columns a step, tails by mask.
 #if defined(__x86_64__)
 
-#include <algorithm>
-
 #include "csrc/cpu/bucket_index.h"
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/target_region.h"

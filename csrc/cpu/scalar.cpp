@@ -13,19 +13,12 @@ struct ScalarPath {
 
   template <typename T>
   static void encode_pairs(const T* w, int64_t count, float scale, uint8_t* packed) {
-    const float* boundaries = nf4::kCodebook.boundary;
-    for (int64_t column = 0; column < count; column += 2)
-      packed[column / 2] = nf4::pack_indices(nf4::encode(nf4::to_float(w[column]), scale, boundaries),
-                                             nf4::encode(nf4::to_float(w[column + 1]), scale, boundaries));
+    nf4::encode_pairs(w, count, scale, nf4::kCodebook.boundary, packed);
   }
 
   template <typename T>
   static void decode_pairs(const uint8_t* packed, int64_t count, float scale, T* out) {
-    const float* levels = nf4::kCodebook.level;
-    for (int64_t column = 0; column < count; column += 2) {
-      out[column] = nf4::decode<T>(nf4::even_index(packed[column / 2]), scale, levels);
-      out[column + 1] = nf4::decode<T>(nf4::odd_index(packed[column / 2]), scale, levels);
-    }
+    nf4::decode_pairs(packed, count, scale, nf4::kCodebook.level, out);
   }
 
   // Eight partial sums: one running float32 sum over thousands of columns would lose digits.

@@ -46,4 +46,23 @@ SQUISH_HOST_DEVICE inline T decode(uint32_t index, float scale, const float* lev
   return from_float<T>(product == product ? product : quiet_nan());
 }
 
+// An even count of columns from an even column on, one byte for two: what the scalar path does with all of a group, and
+// a vector path with what is left of it.
+template <typename T>
+SQUISH_HOST_DEVICE inline void encode_pairs(const T* w, int64_t count, float scale, const float* boundaries,
+                                            uint8_t* packed) {
+  for (int64_t column = 0; column < count; column += 2)
+    packed[column / 2] = pack_indices(encode(to_float(w[column]), scale, boundaries),
+                                      encode(to_float(w[column + 1]), scale, boundaries));
+}
+
+template <typename T>
+SQUISH_HOST_DEVICE inline void decode_pairs(const uint8_t* packed, int64_t count, float scale, const float* levels,
+                                            T* out) {
+  for (int64_t column = 0; column < count; column += 2) {
+    out[column] = decode<T>(even_index(packed[column / 2]), scale, levels);
+    out[column + 1] = decode<T>(odd_index(packed[column / 2]), scale, levels);
+  }
+}
+
 }  // namespace squish::nf4

@@ -31,20 +31,10 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size
   const int64_t n = w.size(0), d = w.size(1);
   Tensor packed = at::empty({n, d / 2}, w.options().dtype(at::kByte));
   Tensor scales = at::empty({n, d / group_size}, w.options().dtype(at::kFloat));
-  switch (w.scalar_type()) {
-    case at::kFloat:
-      encode<float>(kernels.encode_float32, w, group_size, packed, scales);
-      break;
-    case at::kDouble:
-      encode<double>(kernels.encode_float64, w, group_size, packed, scales);
-      break;
-    case at::kBFloat16:
-      encode<nf4::BFloat16>(kernels.encode_bfloat16, w, group_size, packed, scales);
-      break;
-    default:
-      encode<nf4::Float16>(kernels.encode_float16, w, group_size, packed, scales);
-      break;
-  }
+  with_weight_type(w.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    encode<T>(encode_kernel<T>(kernels), w, group_size, packed, scales);
+  });
   return {std::move(packed), std::move(scales)};
 }
 

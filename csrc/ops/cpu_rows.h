@@ -9,6 +9,7 @@
 
 #include "csrc/cpu/float_environment.h"
 #include "csrc/cpu/kernels.h"
+#include "csrc/ops/storage_types.h"
 
 namespace squish::ops {
 
@@ -41,19 +42,18 @@ void for_each_stretch(int64_t n, int64_t d, int64_t group_size, bool contiguous,
 }
 
 template <typename T>
+cpu::Encode<T> encode_kernel(const cpu::Kernels& kernels) {
+  if constexpr (std::is_same_v<T, float>) return kernels.encode_float32;
+  if constexpr (std::is_same_v<T, double>) return kernels.encode_float64;
+  if constexpr (std::is_same_v<T, nf4::BFloat16>) return kernels.encode_bfloat16;
+  if constexpr (std::is_same_v<T, nf4::Float16>) return kernels.encode_float16;
+}
+
+template <typename T>
 cpu::Decode<T> decode_kernel(const cpu::Kernels& kernels) {
   if constexpr (std::is_same_v<T, float>) return kernels.decode_float32;
   if constexpr (std::is_same_v<T, nf4::BFloat16>) return kernels.decode_bfloat16;
   if constexpr (std::is_same_v<T, nf4::Float16>) return kernels.decode_float16;
-}
-
-// Calls with(T{}) for the storage type of a compute dtype (checks.h has refused all others).
-template <typename With>
-void with_storage_type(at::ScalarType dtype, const With& with) {
-  if (dtype == at::kFloat) return with(float{});
-  if (dtype == at::kBFloat16) return with(nf4::BFloat16{});
-  TORCH_INTERNAL_ASSERT(dtype == at::kHalf);
-  with(nf4::Float16{});
 }
 
 // Decodes rows [first, first + out.size(0)) of a contiguous packed matrix into `out`, contiguous.

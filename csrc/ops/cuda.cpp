@@ -12,6 +12,7 @@
 
 #include "csrc/cuda/kernels.h"
 #include "csrc/ops/checks.h"
+#include "csrc/ops/storage_types.h"
 #include "csrc/ops/weight_tiles.h"
 
 namespace squish::ops {
@@ -34,20 +35,10 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size
   const Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
   Tensor packed = at::empty({w.size(0), w.size(1) / 2}, w.options().dtype(at::kByte));
   Tensor scales = at::empty({w.size(0), w.size(1) / group_size}, w.options().dtype(at::kFloat));
-  switch (w.scalar_type()) {
-    case at::kFloat:
-      encode<float>(w, group_size, packed, scales);
-      break;
-    case at::kDouble:
-      encode<double>(w, group_size, packed, scales);
-      break;
-    case at::kBFloat16:
-      encode<nf4::BFloat16>(w, group_size, packed, scales);
-      break;
-    default:
-      encode<nf4::Float16>(w, group_size, packed, scales);
-      break;
-  }
+  with_weight_type(w.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    encode<T>(w, group_size, packed, scales);
+  });
   return {std::move(packed), std::move(scales)};
 }
 
@@ -56,13 +47,10 @@ void decode_rows(const Tensor& packed, const Tensor& scales, int64_t group_size,
   const uint8_t* bytes = packed.const_data_ptr<uint8_t>() + first * packed.size(1);
   const float* scale = scales.const_data_ptr<float>() + first * scales.size(1);
   const auto stream = c10::cuda::getCurrentCUDAStream().stream();
-  const auto decode = [&](auto* values) {
+  with_storage_type(out.scalar_type(), [&](auto zero) {
+    auto* values = static_cast<decltype(zero)*>(out.mutable_data_ptr());
     C10_CUDA_CHECK(cuda::dequantize(bytes, scale, out.numel(), group_size, values, stream));
-  };
-  void* values = out.mutable_data_ptr();
-  if (out.scalar_type() == at::kFloat) return decode(static_cast<float*>(values));
-  if (out.scalar_type() == at::kBFloat16) return decode(static_cast<nf4::BFloat16*>(values));
-  decode(static_cast<nf4::Float16*>(values));
+  });
 }
 
 Tensor dequantize_nf4(const Tensor& packed, const Tensor& scales, int64_t group_size,

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from squish_nf4.checkpoint.lossless import Array
+from squish_nf4.checkpoint.lossless import Array, dtype_name
 from squish_nf4.checkpoint.names import shorten
 from squish_nf4.checkpoint.npy_file import find_npy, read_npy
-from squish_nf4.ops import dequantize_nf4
-
-ROUNDED_BY_THE_OPERATOR = (torch.float32, torch.bfloat16, torch.float16)
+from squish_nf4.ops import COMPUTE_DTYPES, dequantize_nf4
 
 
 def read_tensor(folder: Path, name: str, key: str, dtype: torch.dtype) -> Tensor:
@@ -61,7 +59,7 @@ def decode(packed: Array, scales: Array, dtype: torch.dtype) -> Tensor:
     if not fits or 2 * packed.shape[1] % scales.shape[1]:
         raise ValueError(f"__nf4 {packed.shape} and __s_nf4 {scales.shape} do not belong together")
     group_size = 2 * packed.shape[1] // scales.shape[1]
-    rounded = dtype if dtype in ROUNDED_BY_THE_OPERATOR else torch.float32
+    rounded = dtype if dtype in COMPUTE_DTYPES else torch.float32
     return dequantize_nf4(to_tensor(packed), to_tensor(scales), group_size, dtype=rounded).to(dtype)
 
 
@@ -74,7 +72,7 @@ def to_tensor(values: Array, dtype: torch.dtype = torch.float32) -> Tensor:
         return tensor
     converted = tensor.to(dtype)
     if tensor.dtype == torch.float64 and bool((tensor.isfinite() & ~converted.isfinite()).any()):
-        raise ValueError(f"holds values that {str(dtype)[6:]} cannot; read it with dtype='source' or torch.float64")
+        raise ValueError(f"holds values that {dtype_name(dtype)} cannot; read it with dtype='source' or torch.float64")
     return converted
 
 

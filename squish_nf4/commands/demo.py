@@ -28,6 +28,7 @@ from torch import Tensor
 import squish_nf4
 from squish_nf4.checkpoint.report import ConvertReport
 from squish_nf4.commands.demo_sentences import SENTENCES
+from squish_nf4.model import bytes_of
 
 Floats = NDArray[np.float64]
 Step = Callable[[str], AbstractContextManager[None]]
@@ -264,7 +265,3 @@ def decoded(w: Tensor) -> Tensor:
     group_size = squish_nf4.pick_group_size(w.shape[-1])
     packed, scales = squish_nf4.quantize_nf4(w.reshape(-1, w.shape[-1]), group_size)
     return squish_nf4.dequantize_nf4(packed, scales, group_size).reshape(w.shape)
-
-
-def bytes_of(model: torch.nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
