@@ -1,0 +1,108 @@
+"""A Llama-shaped decoder with random weights, small enough for every test: what goes through script, export and C++.
+
+RMSNorm, rotary embedding, grouped-query attention and SwiGLU, written in what TorchScript, torch.export and ONNX take.
+"""
+
+# No "from __future__ import annotations" here: TorchScript reads annotations.
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import squish_nf4
+
+VOCABULARY = 128
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turns the pairs (i, i + head/2) of (batch, heads, tokens, head) by the angle of their position."""
+    left, right = x.chunk(2, dim=-1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head = heads, kv_heads, width // heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * self.head, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * self.head, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(x.size(0), x.size(1), heads, self.head).transpose(1, 2)
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        q = rotate(self.split(self.q_proj(x), self.heads), angles)
+        k = rotate(self.split(self.k_proj(x), self.kv_heads), angles)
+        v = self.split(self.v_proj(x), self.kv_heads)
+        shared = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(width)
+        self.attention = Attention(width, heads, kv_heads)
+        self.post_norm = RMSNorm(width)
+        self.mlp = MLP(width, hidden)
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        x = x + self.attention(self.input_norm(x), angles)
+        return x + self.mlp(self.post_norm(x))
+
+
+class Llama(nn.Module):
+    """(batch, tokens) int64 -> (batch, tokens, vocabulary)."""
+
+    def __init__(self, width: int = 64, heads: int = 4, kv_heads: int = 2, hidden: int = 176, layers: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList([Block(width, heads, kv_heads, hidden) for _ in range(layers)])
+        self.norm = RMSNorm(width)
+        self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
+        head = width // heads
+        self.register_buffer("frequencies", 10000.0 ** (-torch.arange(0, head, 2).float() / head))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.size(1), device=tokens.device, dtype=torch.float32)
+        angles = positions[:, None] * self.frequencies
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x, angles)
+        return self.lm_head(self.norm(x))
+
+
+def quantized_llama(dtype: torch.dtype = torch.float32, group_size: int = 32) -> Llama:
+    """Every layer but lm_head in NF4; 32 does not divide hidden = 176, so down_proj is padded."""
+    model = Llama().to(dtype).eval()
+    squish_nf4.quantize_model(model, group_size=group_size)
+    return model
+
+
+def some_tokens(batch: int = 2, tokens: int = 9) -> Tensor:
+    return torch.randint(0, VOCABULARY, (batch, tokens))
