@@ -24,6 +24,11 @@ def library_path() -> str:
     return str(_OP_LIBRARY)
 
 
+def cmake_prefix_path() -> str:
+    """What to give CMake as CMAKE_PREFIX_PATH, so that ``find_package(squish_nf4 CONFIG)`` finds us."""
+    return str(_PACKAGE / "cmake")
+
+
 def misfit(built_torch: str, built_cuda: str | None, torch_version: str, torch_cuda: str | None) -> str | None:
     """Why a library built with the first pair cannot run in the second, or None if it can."""
     if built_torch.split(".")[:2] != torch_version.split(".")[:2]:

@@ -2,17 +2,14 @@
 #pragma once
 
 #include <torch/csrc/autograd/function.h>
-#if __has_include(<torch/headeronly/version.h>)
-#include <torch/headeronly/version.h>
-#else
-#include <torch/version.h>
-#endif
 
 #include <memory>
 
+#include "csrc/ops/torch_version.h"
+
 namespace squish::ops {
 
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+#if SQUISH_TORCH_AT_LEAST(2, 13)
 template <typename T>
 using NodePtr = c10::intrusive_ptr<T>;
 template <typename T>
