@@ -174,8 +174,11 @@ def cpu_sources() -> list[str]:
     return [source for source in sources("cpu", "ops") if source != "csrc/ops/cuda.cpp"]
 
 
-def write_build_info(folder: Path, cuda: str | None) -> None:
-    """What the package checks before it loads a native file: see squish_nf4/_native.py."""
+def write_build_info(folder: Path, cuda: str | None, inplace: bool) -> None:
+    """What the package checks before it loads a native file: see squish_nf4/_native.py.
+
+    An editable package does not lie beside torch, so its CMake configuration is told where torch is.
+    """
     lines = [
         '"""Written by setup.py: what the native libraries beside this file were built with."""',
         "",
@@ -183,6 +186,7 @@ def write_build_info(folder: Path, cuda: str | None) -> None:
         f"TORCH_CUDA = {torch.version.cuda!r}",
         f"CUDA_VERSION: str | None = {cuda!r}",
         f"COMPILER = {compiler_version()!r}",
+        *([f"TORCH_ROOT = {str(Path(torch.__file__).parent)!r}"] if inplace else []),
     ]
     (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
 
@@ -208,7 +212,7 @@ def configure_op_library(extension: Extension, toolkit: tuple[Path, str] | None)
         # No fused multiply-add, no flush of subnormals, correctly rounded division: the bits are those of the CPU.
         exact = ["-fmad=false", "-ftz=false", "-prec-div=true"]
         extension.extra_compile_args["nvcc"] = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", *exact]
-    extension.extra_link_args = [f"-Wl,-rpath,{':'.join(rpaths)}"]
+    extension.extra_link_args = [f"-Wl,-rpath,{':'.join(rpaths)}", f"-Wl,-soname,{OP_LIBRARY}.so"]
 
 
 def configure_python_module(extension: Extension, build_lib: str, cuda: str | None) -> None:
@@ -251,7 +255,7 @@ def build_command() -> type[build_ext]:
             configure_op_library(op_library, toolkit)
             configure_python_module(python_module, self.build_lib, cuda)
             super().run()
-            write_build_info(ROOT / "squish_nf4" if self.inplace else Path(self.build_lib) / "squish_nf4", cuda)
+            write_build_info((ROOT if self.inplace else Path(self.build_lib)) / "squish_nf4", cuda, self.inplace)
 
         def use_toolkit(self, root: Path) -> None:
             import torch.utils.cpp_extension as cpp_extension

@@ -87,7 +87,6 @@ if(NOT TARGET squish_nf4::squish_nf4)
   add_library(squish_nf4::squish_nf4 SHARED IMPORTED)
   set_target_properties(squish_nf4::squish_nf4 PROPERTIES
     IMPORTED_LOCATION "${_squish_nf4_library}"
-    IMPORTED_NO_SONAME TRUE
     INTERFACE_INCLUDE_DIRECTORIES "${_squish_nf4_package}/include"
     INTERFACE_COMPILE_FEATURES cxx_std_20
     INTERFACE_LINK_LIBRARIES "${_squish_nf4_torch}")

@@ -1,0 +1,38 @@
+// Runs a TorchScript model with NF4 layers: squish_nf4.export_torchscript(model, "model.pt", x) wrote it.
+#include <torch/script.h>
+
+#include <algorithm>
+#include <chrono>
+#include <iostream>
+
+#include "tensor_file.h"
+
+// Microseconds of one call: the median over `repeats`, after some calls that TorchScript uses to specialize itself.
+double median_time(torch::jit::Module& model, const std::vector<torch::IValue>& inputs, int repeats) {
+  std::vector<double> times;
+  for (int i = -10; i < repeats; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    model.forward(inputs);
+    const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;
+    if (i >= 0) times.push_back(time.count());
+  }
+  std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
+  return times[repeats / 2];
+}
+
+int main(int argc, char** argv) {
+  if (argc < 4 || argc > 5) {
+    std::cerr << "usage: script_app MODEL.pt INPUT.pt OUTPUT.pt [REPEATS]\n";
+    return 2;
+  }
+  try {
+    const torch::InferenceMode no_gradients;
+    torch::jit::Module model = torch::jit::load(argv[1]);
+    const std::vector<torch::IValue> inputs = {read_value(argv[2])};
+    write_value(argv[3], model.forward(inputs));
+    if (argc == 5) std::cout << median_time(model, inputs, std::max(1, std::stoi(argv[4]))) << "\n";
+  } catch (const std::exception& error) {
+    std::cerr << "script_app: " << error.what() << "\n";
+    return 1;
+  }
+}

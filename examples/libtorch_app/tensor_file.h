@@ -1,0 +1,23 @@
+// Tensors in files that torch.save wrote in Python, and that torch.load reads there.
+#pragma once
+
+#include <torch/serialize.h>
+
+#include <fstream>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+inline torch::IValue read_value(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error("cannot read " + path);
+  return torch::pickle_load({std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()});
+}
+
+inline void write_value(const std::string& path, const torch::IValue& value) {
+  const std::vector<char> bytes = torch::pickle_save(value);
+  std::ofstream file(path, std::ios::binary);
+  if (!file.write(bytes.data(), static_cast<std::streamsize>(bytes.size())))
+    throw std::runtime_error("cannot write " + path);
+}
