@@ -47,9 +47,7 @@ def _dequantize(packed: Tensor, scales: Tensor, group_size: int = 32, *, dtype: 
     return _decode(packed, scales).to(dtype or torch.float32)
 
 
-def _linear(
-    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None, group_size: int = 32
-) -> Tensor:
+def _linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None, group_size: int = 32) -> Tensor:
     weight = _dequantize(packed, scales, group_size)[:, : x.size(-1)]
     y = torch.matmul(x.to(torch.float32), weight.t())
     if bias is not None:

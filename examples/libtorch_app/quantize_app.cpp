@@ -30,7 +30,7 @@ int main(int argc, char** argv) {
     at::Tensor decoded = at::empty_like(weight, at::kFloat, at::MemoryFormat::Contiguous);
     squish::dequantize_nf4_out(decoded, packed, scales, group_size);
     TORCH_CHECK(at::equal(decoded, squish::dequantize_nf4(packed, scales, group_size)), "the two results differ");
-    write_value(argv[3], std::vector<at::Tensor>{packed, scales, decoded, x.grad()});
+    write_value(argv[3], std::make_tuple(packed, scales, decoded, x.grad()));
   } catch (const c10::ValueError& error) {
     std::cerr << "quantize_app: ValueError: " << error.what_without_backtrace() << "\n";
     return 1;

@@ -1,0 +1,198 @@
+"""examples/libtorch_app as a user builds it: find_package, three programs without Python, and Python's own bytes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from torch.export import Dim, export
+
+import squish_nf4
+from tests.helpers import require
+from tests.llama import quantized_llama, some_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+PREFIX = squish_nf4.cmake_prefix_path()
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def cmake_of_pip() -> Path | None:
+    try:
+        files = metadata.files("cmake") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())).resolve() for file in files if file.parts[-2:] == ("bin", "cmake")), None)
+
+
+def configure(cmake: str | Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    source = ROOT / "examples" / "libtorch_app"
+    command = [str(cmake), "-S", str(source), "-B", str(folder), f"-DCMAKE_PREFIX_PATH={PREFIX}", *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def cmake() -> Path:
+    found = cmake_of_pip()
+    require("cmake", found is not None, "the package cmake is not installed")
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def apps(cmake: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("a build with spaces")
+    done = configure(cmake, folder, "-DCMAKE_CXX_FLAGS=-O1 -Wall -Wextra")
+    assert done.returncode == 0, done.stderr
+    built = subprocess.run([str(cmake), "--build", str(folder), "-j2"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(apps: Path) -> Run:
+    def run_app(name: str, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [str(apps / name), *(str(arg) for arg in args)]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+    return run_app
+
+
+@pytest.fixture(scope="module")
+def llama() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return quantized_llama()
+
+
+def test_a_scripted_llama_gives_pythons_bits(run: Run, llama: torch.nn.Module, tmp_path: Path) -> None:
+    squish_nf4.export_torchscript(llama, tmp_path / "llama.pt", some_tokens())
+    for batch, tokens in [(1, 1), (3, 20)]:
+        x = some_tokens(batch, tokens)
+        torch.save(x, tmp_path / "x.pt")
+        done = run("script_app", tmp_path / "llama.pt", tmp_path / "x.pt", tmp_path / "y.pt", 3)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) > 0
+        assert torch.equal(torch.load(tmp_path / "y.pt"), llama(x))
+
+
+def test_a_llama_compiled_by_aot_inductor_gives_pythons_numbers(
+    run: Run, llama: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    program = export(llama, (some_tokens(),), dynamic_shapes=({0: Dim("batch"), 1: Dim("tokens")},))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "llama.pt2"))
+    for batch, tokens in [(2, 9), (3, 20)]:
+        x = some_tokens(batch, tokens)
+        torch.save(x, tmp_path / "x.pt")
+        done = run("aoti_app", package, tmp_path / "x.pt", tmp_path / "y.pt")
+        assert done.returncode == 0, done.stderr
+        torch.testing.assert_close(torch.load(tmp_path / "y.pt"), llama(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_quantized_weight_has_pythons_bytes(run: Run, tmp_path: Path, dtype: torch.dtype) -> None:
+    w = torch.randn(17, 96).to(dtype)
+    torch.save(w, tmp_path / "w.pt")
+    done = run("quantize_app", tmp_path / "w.pt", 48, tmp_path / "out.pt")
+    assert done.returncode == 0, done.stderr
+    packed, scales, decoded, gradient = torch.load(tmp_path / "out.pt")
+    expected_packed, expected_scales = squish_nf4.quantize_nf4(w, 48)
+    assert torch.equal(packed, expected_packed)
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(decoded, squish_nf4.dequantize_nf4(packed, scales, 48))
+    torch.testing.assert_close(gradient, decoded.sum(0).expand(3, 96), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weight", "group_size", "said"),
+    [
+        (torch.ones(4, 64), 48, "ValueError: quantize_nf4: w has 64 columns, not a multiple of group_size=48"),
+        (torch.ones(4, 64, dtype=torch.int32), 32, "TypeError: quantize_nf4: w must be float32, bfloat16, float16 or"),
+    ],
+)
+def test_errors_arrive_with_their_types(
+    run: Run, tmp_path: Path, weight: torch.Tensor, group_size: int, said: str
+) -> None:
+    torch.save(weight, tmp_path / "w.pt")
+    done = run("quantize_app", tmp_path / "w.pt", group_size, tmp_path / "out.pt")
+    assert done.returncode == 1
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("app", ["script_app", "aoti_app", "quantize_app"])
+def test_a_program_says_how_it_is_used_and_what_is_missing(run: Run, tmp_path: Path, app: str) -> None:
+    done = run(app)
+    assert (done.returncode, done.stderr.split()[:2]) == (2, ["usage:", app])
+    done = run(app, tmp_path / "no such file", 32, tmp_path / "out.pt")
+    assert done.returncode == 1
+    assert "no such file" in done.stderr
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_no_python_comes_into_the_process(run: Run, tmp_path: Path) -> None:
+    """What the loader maps, from start to end; the op library is among it, Python is not."""
+    torch.save(torch.ones(2, 64), tmp_path / "w.pt")
+    done = run("quantize_app", tmp_path / "w.pt", 32, tmp_path / "out.pt", LD_DEBUG="files")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "libsquish_nf4.so" in done.stderr
+    assert "libtorch_cpu.so" in done.stderr
+    assert "libpython" not in done.stderr
+    assert "libtorch_python" not in done.stderr
+
+
+def test_the_one_line_of_the_docs_builds_too(run: Run, tmp_path: Path) -> None:
+    """docs/cpp.md: a compiler and the two paths, without CMake."""
+    torch_root = Path(torch.__file__).parent
+    package = Path(squish_nf4.__file__).parent
+    source = tmp_path / "app.cpp"
+    source.write_text(
+        "#include <squish_nf4/nf4.h>\n#include <ATen/ops/ones.h>\n"
+        "int main() { return std::get<0>(squish::quantize_nf4(at::ones({2, 64}))).size(1) != 32; }\n"
+    )
+    command = ["c++", "-std=c++20", str(source), "-o", str(tmp_path / "app"), f"-I{package}/include"]
+    command += [f"-I{torch_root}/include", f"-I{torch_root}/include/torch/csrc/api/include"]
+    command += [f"-L{package}", "-lsquish_nf4", f"-L{torch_root}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command += [f"-Wl,-rpath,{package}:{torch_root}/lib", "-Wl,--allow-shlib-undefined"]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert subprocess.run([str(tmp_path / "app")]).returncode == 0
+
+
+def test_cmake_of_the_system_configures_too(tmp_path: Path) -> None:
+    done = configure("cmake", tmp_path) if Path("/usr/bin/cmake").exists() else None
+    require("system-cmake", done is not None, "there is no /usr/bin/cmake")
+    assert done is not None
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [("2.3", "squish_nf4 was built for torch"), (None, "there is no lib/libtorch_cpu.so in it")],
+    ids=["another torch", "no torch"],
+)
+def test_a_torch_that_does_not_fit_is_named(cmake: Path, tmp_path: Path, version: str | None, said: str) -> None:
+    other = tmp_path / "torch"
+    (other / "lib").mkdir(parents=True)
+    if version is not None:
+        (other / "lib" / "libtorch_cpu.so").touch()
+        (other / "include" / "torch" / "headeronly").mkdir(parents=True)
+        major, minor = version.split(".")
+        lines = f"#define TORCH_VERSION_MAJOR {major}\n#define TORCH_VERSION_MINOR {minor}\n"
+        (other / "include" / "torch" / "headeronly" / "version.h").write_text(lines)
+    done = configure(cmake, tmp_path / "build", f"-DSQUISH_NF4_TORCH={other}")
+    assert done.returncode != 0
+    assert said in " ".join(done.stderr.split())
+
+
+def test_another_version_of_squish_nf4_is_refused(cmake: Path, tmp_path: Path) -> None:
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(p CXX)\nfind_package(squish_nf4 99 CONFIG REQUIRED)\n"
+    )
+    command = [str(cmake), "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-DCMAKE_PREFIX_PATH={PREFIX}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert squish_nf4.__version__ in done.stderr
