@@ -29,30 +29,22 @@ from squish_nf4.packer import NF4Packer
 if TYPE_CHECKING:
     from squish_nf4.checkpoint.convert import convert, quantize_tensor
     from squish_nf4.checkpoint.npy_dir import load_npy_dir
-    from squish_nf4.decompose import decompositions
-    from squish_nf4.torchscript import TorchScriptReport, export_torchscript
 
 _LAZY = {
     "convert": "squish_nf4.checkpoint.convert",
     "quantize_tensor": "squish_nf4.checkpoint.encode",
     "load_npy_dir": "squish_nf4.checkpoint.npy_dir",
-    "decompositions": "squish_nf4.decompose",
-    "TorchScriptReport": "squish_nf4.torchscript",
-    "export_torchscript": "squish_nf4.torchscript",
 }
 
 __all__ = [
     "NF4Linear",
     "NF4Packer",
     "QuantizeReport",
-    "TorchScriptReport",
     "__version__",
     "cmake_prefix_path",
     "convert",
-    "decompositions",
     "dequantize_model",
     "dequantize_nf4",
-    "export_torchscript",
     "library_path",
     "linear_nf4",
     "load_npy_dir",

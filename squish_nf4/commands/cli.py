@@ -130,39 +130,6 @@ def one_of(place: str, positional: Path | None, flag: str, named: Path | None) -
 
 
 @app.command()
-def export(
-    source: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A Hugging Face model's directory, or package.module:function.")
-    ],
-    target: Annotated[Path, typer.Argument(metavar="OUT.pt", help="The TorchScript file to write.")],
-    group_size: Annotated[int, typer.Option(min=1, help="Columns that share a scale.")] = 64,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Leave these layers dense. Repeatable.", show_default=False),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Quantize these layers alone. Repeatable.", show_default=False),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.pt if it exists.")] = False,
-) -> None:
-    """Quantize a model and write it as TorchScript, which runs without Python.
-
-    squish-nf4 export path/to/model model.pt
-
-    The function of package.module:function returns a model, or (model, example_inputs).
-    """
-    with errors_in_one_sentence():
-        from squish_nf4.commands import export
-
-        with terminal.step(f"exporting {source}"):
-            report = export.export(
-                source, target, group_size=group_size, skip=skip or (), only=only, overwrite=overwrite
-            )
-        terminal.print_export(report)
-
-
-@app.command()
 def demo(
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the picture and the converted checkpoint go.")

@@ -20,7 +20,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from squish_nf4.checkpoint.convert import Progress as Converting
     from squish_nf4.checkpoint.report import ConvertReport, TensorReport
-    from squish_nf4.commands.export import ExportReport
 
 WIDTH_OF_A_FILE = 120  # where there is no terminal whose width could be asked for
 
@@ -148,14 +147,3 @@ def kind_of_reason(reason: str) -> str:
     """A reason without what is true of one tensor only: its row, its largest value, its columns."""
     reason = re.sub(r"^outlier row \d+ \(.*(threshold .*)\)$", r"outlier row (\1)", reason)
     return re.sub(r"^(odd number of columns) .*$", r"\1", reason)
-
-
-def print_export(report: ExportReport) -> None:
-    """The summary that `export` ends with."""
-    out = console()
-    if report.quantized is not None:
-        before, after = report.quantized.bytes_before, report.quantized.bytes_after
-        out.print(f"  {len(report.quantized.layers)} layers quantized: {size(before)} -> {size(after)} of weights")
-    for line in str(report.written).splitlines():
-        out.print(f"  {escape(line)}", soft_wrap=True)
-    out.print("  TorchScript is deprecated by torch, and still runs everywhere: docs/torchscript.md", style="dim")
