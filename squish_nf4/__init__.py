@@ -20,11 +20,15 @@ except ImportError as reason:
         raise SystemExit(f"squish-nf4: {reason}") from None  # a sentence for its user, not a traceback
     raise
 
+from squish_nf4 import batching
+from squish_nf4.decompositions import decompositions
 from squish_nf4.layout import pick_group_size
 from squish_nf4.linear import NF4Linear
 from squish_nf4.model import QuantizeReport, dequantize_model, quantize_model
 from squish_nf4.ops import dequantize_nf4, linear_nf4, quantize_nf4
 from squish_nf4.packer import NF4Packer
+
+batching.register()
 
 if TYPE_CHECKING:
     from squish_nf4.checkpoint.convert import convert, quantize_tensor
@@ -43,6 +47,7 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "convert",
+    "decompositions",
     "dequantize_model",
     "dequantize_nf4",
     "library_path",

@@ -97,9 +97,9 @@ class Llama(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def quantized_llama(dtype: torch.dtype = torch.float32, group_size: int = 32) -> Llama:
+def quantized_llama(dtype: torch.dtype = torch.float32, group_size: int = 32, layers: int = 3) -> Llama:
     """Every layer but lm_head in NF4; 32 does not divide hidden = 176, so down_proj is padded."""
-    model = Llama().to(dtype).eval()
+    model = Llama(layers=layers).to(dtype).eval()
     squish_nf4.quantize_model(model, group_size=group_size)
     return model
 

@@ -32,7 +32,7 @@ NEVER = re.compile(
 INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', re.MULTILINE)
 
 # Modules by storey: each may import those of the storeys below it, and those of its own that do not import it back.
-OPERATORS = {"_version", "_build_info", "_native", "layout", "ops"}
+OPERATORS = {"_version", "_build_info", "_native", "layout", "ops", "batching", "decompositions"}
 LAYER = {"packed_weight", "linear", "packer", "choose", "model"}
 # Then squish_nf4.checkpoint, and on top squish_nf4.commands, which nothing but __main__ imports.
 COMMAND_LINE_ONLY = {"typer", "rich", "click", "matplotlib", "sentence_transformers", "transformers"}

@@ -1,0 +1,69 @@
+"""The operators written in plain torch, for exporters and backends that do not know them. Slower, and each call makes
+the dense weight; a program that may load the op library does not need them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+_OPS = torch.ops.squish
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """What the operators compute, in operators of torch alone.
+
+    For ``program.run_decompositions(table)`` after torch.export, and ``make_fx(function, decomposition_table=table)``.
+    The packed bytes stay bytes in the program. docs/export.md shows an ONNX export.
+
+    Returns:
+        A table of dequantize_nf4, dequantize_nf4.out (the same bits as the operator), linear_nf4 and its gradient (the
+        same numbers: a product in float32, the bias added in float32, one rounding). quantize_nf4 is not in it.
+    """
+    levels = _levels_of_bytes()
+    return {
+        _OPS.dequantize_nf4.default: partial(_dequantize, levels),
+        _OPS.dequantize_nf4.out: partial(_dequantize_out, levels),
+        _OPS.linear_nf4.default: partial(_linear, levels),
+        _OPS._linear_nf4_grad_x.default: partial(_linear_grad_x, levels),
+    }
+
+
+def _levels_of_bytes() -> Tensor:
+    """(256, 2): the levels of the two columns that a byte holds, decoded by the operator itself."""
+    with torch.inference_mode(False):  # a program may keep it as a constant
+        every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").view(256, 1)
+        levels: Tensor = _OPS.dequantize_nf4(every_byte, torch.ones(256, 1, device="cpu"), 2)
+    return levels
+
+
+def _dequantize(
+    levels: Tensor, packed: Tensor, scales: Tensor, group_size: int = 32, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    groups = torch.embedding(levels.to(packed.device), packed.int())
+    groups = groups.reshape(scales.size(0), scales.size(1), group_size) * scales.unsqueeze(2)
+    dense = groups.reshape(packed.size(0), packed.size(1) * 2).to(torch.float32 if dtype is None else dtype)
+    return torch.where(dense.isnan(), torch.nan, dense)  # one NaN, whichever the processor makes
+
+
+def _dequantize_out(levels: Tensor, packed: Tensor, scales: Tensor, group_size: int = 32, *, out: Tensor) -> Tensor:
+    return out.copy_(_dequantize(levels, packed, scales, group_size, dtype=out.dtype))
+
+
+def _linear(
+    levels: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = None, group_size: int = 32
+) -> Tensor:
+    weight = _dequantize(levels, packed, scales, group_size)[:, : x.size(-1)]  # without the padding
+    y = x.float() @ weight.t()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+def _linear_grad_x(levels: Tensor, dy: Tensor, packed: Tensor, scales: Tensor, group_size: int, d: int) -> Tensor:
+    weight = _dequantize(levels, packed, scales, group_size)[:, :d]
+    return (dy.float() @ weight).to(dy.dtype)
