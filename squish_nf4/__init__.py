@@ -33,11 +33,13 @@ batching.register()
 if TYPE_CHECKING:
     from squish_nf4.checkpoint.convert import convert, quantize_tensor
     from squish_nf4.checkpoint.npy_dir import load_npy_dir
+    from squish_nf4.torchscript import export_torchscript
 
 _LAZY = {
     "convert": "squish_nf4.checkpoint.convert",
     "quantize_tensor": "squish_nf4.checkpoint.encode",
     "load_npy_dir": "squish_nf4.checkpoint.npy_dir",
+    "export_torchscript": "squish_nf4.torchscript",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "decompositions",
     "dequantize_model",
     "dequantize_nf4",
+    "export_torchscript",
     "library_path",
     "linear_nf4",
     "load_npy_dir",

@@ -13,6 +13,7 @@ int main(int argc, char** argv) {
   }
   try {
     const torch::InferenceMode no_gradients;
+    require_file(argv[1]);
     torch::inductor::AOTIModelPackageLoader model(argv[1]);
     write_value(argv[3], model.run({read_value(argv[2]).toTensor()})[0]);
   } catch (const std::exception& error) {

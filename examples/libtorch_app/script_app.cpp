@@ -27,6 +27,7 @@ int main(int argc, char** argv) {
   }
   try {
     const torch::InferenceMode no_gradients;
+    require_file(argv[1]);
     torch::jit::Module model = torch::jit::load(argv[1]);
     const std::vector<torch::IValue> inputs = {read_value(argv[2])};
     write_value(argv[3], model.forward(inputs));

@@ -9,9 +9,13 @@
 #include <string>
 #include <vector>
 
+inline void require_file(const std::string& path) {
+  if (!std::ifstream(path)) throw std::runtime_error("cannot read " + path);
+}
+
 inline torch::IValue read_value(const std::string& path) {
+  require_file(path);
   std::ifstream file(path, std::ios::binary);
-  if (!file) throw std::runtime_error("cannot read " + path);
   return torch::pickle_load({std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()});
 }
 

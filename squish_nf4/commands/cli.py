@@ -12,6 +12,7 @@ import typer
 from squish_nf4 import __version__
 from squish_nf4.checkpoint.encode import DEFAULT_OUTLIER_THRESHOLD
 from squish_nf4.commands import terminal
+from squish_nf4.fresh_process import TorchScriptError
 
 app = typer.Typer(
     help="Exact 4-bit NF4 weights for PyTorch.",
@@ -31,7 +32,7 @@ def errors_in_one_sentence() -> Iterator[None]:
         terminal.complain(
             f"this needs the package {error.name}, which is not installed; type: pip install {error.name}"
         )
-    except (ImportError, OSError, ValueError, TypeError) as error:
+    except (ImportError, OSError, ValueError, TypeError, TorchScriptError) as error:
         terminal.complain(str(error))
     except KeyboardInterrupt:
         terminal.complain("stopped")
@@ -127,6 +128,44 @@ def one_of(place: str, positional: Path | None, flag: str, named: Path | None) -
             param_hint=place,
         )
     return path
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A Hugging Face model's directory, or package.module:function.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, usually *.pt.")],
+    group_size: Annotated[
+        int | None, typer.Option(min=1, help="Columns that share a scale; 64 without it.", show_default=False)
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave layers of this name alone. Repeatable.", show_default=False),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Quantize layers of this name alone. Repeatable.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Write a model with NF4 layers as TorchScript, for C++ and for Python without squish_nf4.
+
+    A function returns the model, or the model and example inputs.
+    """
+    with errors_in_one_sentence():
+        from squish_nf4.commands import export, export_report
+
+        report = export.run(
+            source,
+            target,
+            group_size=group_size,
+            skip=skip or (),
+            only=only or None,
+            overwrite=overwrite,
+            step=terminal.step,
+        )
+        export_report.print_report(report)
 
 
 @app.command()

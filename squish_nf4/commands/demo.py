@@ -10,9 +10,8 @@ import copy
 import os
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 import squish_nf4
 from squish_nf4.checkpoint.report import ConvertReport
 from squish_nf4.commands.demo_sentences import SENTENCES
+from squish_nf4.commands.offline import offline_and_quiet
 from squish_nf4.model import bytes_of
 
 Floats = NDArray[np.float64]
@@ -192,24 +192,6 @@ def load_model() -> Any:
 
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         return SentenceTransformer(str(model_folder()), device="cpu").eval()
-
-
-@contextmanager
-def offline_and_quiet() -> Iterator[None]:
-    """What these libraries read when they are imported; and their warnings are not about the demo."""
-    wanted = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def encode(model: Any, sentences: Sequence[str], batch_size: int = 64) -> Floats:
