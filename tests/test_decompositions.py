@@ -64,9 +64,10 @@ def test_linear_and_its_gradient_are_the_operators_numbers(
 
 def test_a_traced_training_step_decomposes_too() -> None:
     layer = NF4Linear(50, 9, group_size=32)
+    state = layer.state_dict()  # make_fx takes no subclass of Parameter
 
     def gradient(x: Tensor) -> Tensor:
-        y = functional_call(layer, layer.state_dict(), (x,))  # make_fx takes no subclass of Parameter
+        y = functional_call(layer, state, (x,))
         return torch.autograd.grad(y.square().sum(), x)[0]
 
     x = torch.randn(4, 50, requires_grad=True)

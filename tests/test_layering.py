@@ -32,11 +32,7 @@ NEVER = re.compile(
 INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', re.MULTILINE)
 
 # Modules by storey: each may import those of the storeys below it, and those of its own that do not import it back.
-<<<<<<< HEAD
 OPERATORS = {"_version", "_build_info", "_native", "layout", "ops", "batching", "decompositions"}
-LAYER = {"packed_weight", "linear", "packer", "choose", "model"}
-=======
-OPERATORS = {"_version", "_build_info", "_native", "layout", "ops"}
 LAYER = {
     "packed_weight",
     "linear",
@@ -48,7 +44,6 @@ LAYER = {
     "fresh_process",
     "fresh_run",
 }
->>>>>>> c09a3c169b1f2be7e0fbf06e5bcc41b57f8f2c8e
 # Then squish_nf4.checkpoint, and on top squish_nf4.commands, which nothing but __main__ imports.
 COMMAND_LINE_ONLY = {"typer", "rich", "click", "matplotlib", "sentence_transformers", "transformers"}
 
