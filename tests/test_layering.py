@@ -21,6 +21,7 @@ TORCH = r"(torch|ATen|c10)/.+"
 ROOMS = {
     "nf4": ({"nf4"}, STANDARD),
     "cpu": ({"nf4", "cpu"}, rf"{STANDARD}|immintrin\.h"),
+    "c": ({"nf4", "cpu", "c"}, STANDARD + r"|stdint\.h"),
     "cuda": ({"nf4", "cuda"}, rf"{STANDARD}|cuda_runtime(_api)?\.h|cuda_(fp16|bf16)\.h"),
     "ops": ({"nf4", "cpu", "cuda", "ops"}, rf"{STANDARD}|{TORCH}"),
     "python": ({"nf4", "cpu"}, rf"{STANDARD}|pybind11/.+|torch/(headeronly/|csrc/api/include/torch/)?version\.h"),

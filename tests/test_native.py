@@ -49,6 +49,18 @@ def test_kernels_pass_under_address_and_undefined_behaviour_sanitizers(tmp_path:
     assert done.stdout.split() == paths_of_this_cpu()
 
 
+def test_threads_share_a_matrix_without_a_race_that_the_thread_sanitizer_sees(tmp_path: Path) -> None:
+    flags = ("-O1", "-g", "-fsanitize=thread")
+    sources = [*kernel_sources(), ROOT / "csrc" / "c" / "squish_nf4.cpp", NATIVE / "threads.cpp"]
+    program = link(tmp_path / "threads", compile_objects(tmp_path, sources, flags), flags)
+    fixed = [tool, "-R"] if (tool := shutil.which("setarch")) else []  # it wants its shadow where it expects it
+    clean, racing = run([*fixed, program]), run([*fixed, program, "race"])
+    require("sanitizers", "unexpected memory mapping" not in clean.stderr, "the thread sanitizer does not run here")
+    assert clean.returncode == 0, clean.stderr
+    assert racing.returncode != 0
+    assert "data race" in racing.stderr
+
+
 @pytest.mark.parametrize(("fault", "report"), [("heap", "heap-buffer-overflow"), ("shift", "runtime error")])
 def test_sanitizers_report_what_they_are_there_for(tmp_path: Path, fault: str, report: str) -> None:
     faults = {

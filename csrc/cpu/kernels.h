@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "csrc/nf4/float_bits.h"
 
@@ -51,6 +52,21 @@ struct Kernels {
   Decode<Float16> decode_float16;
   LinearRows linear_rows;
 };
+
+template <typename T>
+Encode<T> encode_kernel(const Kernels& kernels) {
+  if constexpr (std::is_same_v<T, float>) return kernels.encode_float32;
+  if constexpr (std::is_same_v<T, double>) return kernels.encode_float64;
+  if constexpr (std::is_same_v<T, BFloat16>) return kernels.encode_bfloat16;
+  if constexpr (std::is_same_v<T, Float16>) return kernels.encode_float16;
+}
+
+template <typename T>
+Decode<T> decode_kernel(const Kernels& kernels) {
+  if constexpr (std::is_same_v<T, float>) return kernels.decode_float32;
+  if constexpr (std::is_same_v<T, BFloat16>) return kernels.decode_bfloat16;
+  if constexpr (std::is_same_v<T, Float16>) return kernels.decode_float16;
+}
 
 extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;    // x86-64 only

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size
   Tensor scales = at::empty({n, d / group_size}, w.options().dtype(at::kFloat));
   with_weight_type(w.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    encode<T>(encode_kernel<T>(kernels), w, group_size, packed, scales);
+    encode<T>(cpu::encode_kernel<T>(kernels), w, group_size, packed, scales);
   });
   return {std::move(packed), std::move(scales)};
 }

@@ -41,21 +41,6 @@ void for_each_stretch(int64_t n, int64_t d, int64_t group_size, bool contiguous,
   });
 }
 
-template <typename T>
-cpu::Encode<T> encode_kernel(const cpu::Kernels& kernels) {
-  if constexpr (std::is_same_v<T, float>) return kernels.encode_float32;
-  if constexpr (std::is_same_v<T, double>) return kernels.encode_float64;
-  if constexpr (std::is_same_v<T, nf4::BFloat16>) return kernels.encode_bfloat16;
-  if constexpr (std::is_same_v<T, nf4::Float16>) return kernels.encode_float16;
-}
-
-template <typename T>
-cpu::Decode<T> decode_kernel(const cpu::Kernels& kernels) {
-  if constexpr (std::is_same_v<T, float>) return kernels.decode_float32;
-  if constexpr (std::is_same_v<T, nf4::BFloat16>) return kernels.decode_bfloat16;
-  if constexpr (std::is_same_v<T, nf4::Float16>) return kernels.decode_float16;
-}
-
 // Decodes rows [first, first + out.size(0)) of a contiguous packed matrix into `out`, contiguous.
 inline void decode_rows(const cpu::Kernels& kernels, const Tensor& packed, const Tensor& scales, int64_t group_size,
                         int64_t first, const Tensor& out) {
@@ -66,7 +51,7 @@ inline void decode_rows(const cpu::Kernels& kernels, const Tensor& packed, const
     using T = decltype(zero);
     T* values = static_cast<T*>(out.mutable_data_ptr());
     for_each_stretch(out.size(0), columns, group_size, /*contiguous=*/true, [&](int64_t at, int64_t count) {
-      decode_kernel<T>(kernels)(bytes + at / 2, scale + at / group_size, count, group_size, values + at);
+      cpu::decode_kernel<T>(kernels)(bytes + at / 2, scale + at / group_size, count, group_size, values + at);
     });
   });
 }
