@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from squish_nf4.layout import bits_per_weight, effective_group_size, padded_columns
-from squish_nf4.ops import COMPUTE_DTYPES
+from squish_nf4.ops import COMPUTE_DTYPES, may_look
 from squish_nf4.packed_weight import PackedWeight, quantize_padded
 
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # TorchScript chokes on it below
@@ -255,7 +255,7 @@ class NF4Linear(nn.Linear):
     def _require_zero_padding(self, name: str, weight: Tensor, scales: Tensor) -> None:
         """Weights where this layer has padding are a wider layer's: loading them would lose its last columns."""
         columns = 2 * weight.size(1)
-        if self.in_features == columns or weight.is_meta or weight.numel() == 0:
+        if self.in_features == columns or not may_look(weight) or weight.numel() == 0:
             return
         block = lcm(2, self.group_size)  # the padding lies in the last one
         last = weight[:, -block // 2 :], scales[:, -block // self.group_size :]

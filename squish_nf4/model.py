@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from squish_nf4.choose import Candidate, LeftAlone, as_patterns, children, choose
 from squish_nf4.layout import cheapest_group_size
 from squish_nf4.linear import NF4Linear
+from squish_nf4.ops import may_look
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def dequantize_model(model: nn.Module) -> tuple[str, ...]:
 
 def _require_finite(candidate: Candidate) -> None:
     weight = candidate.module.weight.detach()
-    if weight.is_meta or weight.numel() == 0 or all(bool(bound.isfinite()) for bound in weight.aminmax()):
+    if not may_look(weight) or weight.numel() == 0 or all(bool(bound.isfinite()) for bound in weight.aminmax()):
         return
     row, column = (int(i) for i in (~weight.isfinite()).nonzero()[0])
     raise ValueError(
@@ -156,7 +157,7 @@ def _quantize(candidate: Candidate, group_size: int, tied: NF4Linear | None) -> 
 
 def _relative_rms_error(weight: Tensor, layer: NF4Linear) -> float | None:
     """In float64, some rows at a time: no second dense copy of a large layer."""
-    if weight.is_meta:
+    if not may_look(weight):
         return None
     rows_at_once = max(1, (1 << 22) // max(1, weight.size(1)))
     squared_error = squared_norm = 0.0

@@ -82,7 +82,7 @@ def refuse_non_finite(what: str, w: Tensor, scales: Tensor) -> None:
     Only where a look is possible and free of side effects. Under compile, export, FakeTensor, make_fx, torch.func, on
     meta and in stream capture there is no look, and the NaN scale marks the group.
     """
-    if not _may_look(scales) or not bool(scales.isnan().any()):
+    if not may_look(scales) or not bool(scales.isnan().any()):
         return
     row, group = (int(i) for i in scales.isnan().nonzero()[0])
     group_size = w.size(1) // scales.size(1)
@@ -94,7 +94,8 @@ def refuse_non_finite(what: str, w: Tensor, scales: Tensor) -> None:
     )
 
 
-def _may_look(tensor: Tensor) -> bool:
+def may_look(tensor: Tensor) -> bool:
+    """Whether the values are there and reading them has no side effect on a trace, a transform or a capture."""
     if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():  # torch.jit.trace; compile, export
         return False
     if tensor.is_meta:

@@ -33,6 +33,16 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(20260801)
 
 
+@pytest.fixture(scope="session")
+def inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Inductor compiles in this process, and its caches are this run's own."""
+    import torch._inductor.config
+
+    with pytest.MonkeyPatch.context() as environment, torch._inductor.config.patch(compile_threads=1):
+        environment.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """torch's random numbers too."""

@@ -10,7 +10,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, jacrev, vjp, vmap
+from torch.func import functional_call, grad, vjp
 
 from squish_nf4 import NF4Linear, linear_nf4
 
@@ -245,16 +245,6 @@ def test_torch_func_takes_gradients_of_any_order() -> None:
     assert torch.equal(y, OPS.linear_nf4(x, packed, scales, bias))
     dy = torch.randn(3, 6)
     assert close(pullback(dy)[0], dy @ w)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
-def test_vmap_over_activations_and_over_gradients() -> None:
-    packed, scales = weight()
-    w, x = dense(packed, scales), torch.randn(5, 3, 64)
-    assert torch.equal(vmap(lambda x: OPS.linear_nf4(x, packed, scales))(x), OPS.linear_nf4(x, packed, scales))
-    per_sample = vmap(grad(lambda x: OPS.linear_nf4(x, packed, scales).sum()))(x)
-    assert close(per_sample, w.sum(0).expand(5, 3, 64))
-    assert close(jacrev(lambda x: OPS.linear_nf4(x, packed, scales))(x[0, 0]), w)
 
 
 def test_functional_call_takes_gradients_of_the_bias() -> None:

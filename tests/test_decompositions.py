@@ -1,15 +1,14 @@
-"""The operators in plain torch: the same numbers, in a graph that knows no squish operator, and from there in ONNX."""
+"""The operators in plain torch: the same bits or numbers, and programs without any operator of ours."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import onnx
-import onnxruntime
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -19,97 +18,173 @@ from squish_nf4 import NF4Linear
 from tests.llama import quantized_llama, some_tokens
 
 OPS = torch.ops.squish
+TABLE = squish_nf4.decompositions()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # of the norm; 16 bits: one step
 
 
-def decomposed(op: Any, *args: Any, **named: Any) -> Any:
-    return squish_nf4.decompositions()[op.default](*args, **named)
+def odd_weight(n: int, d: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Every byte of the format, and scales of any bits: negative, NaN, infinite, subnormal."""
+    packed = torch.randint(0, 256, (n, d // 2), dtype=torch.uint8)
+    scales = torch.randn(n, d // group_size)
+    if scales.numel() > 5:
+        odd = torch.tensor([0x7FC00000, -1, 0x7F800000, 1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+        scales.view(-1)[:5] = odd
+    return packed, scales
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "d", "group_size"), [(7, 60, 1), (7, 60, 3), (5, 64, 32), (1, 10, 10), (0, 64, 32)])
-def test_decoded_weights_are_the_operators_bits(n: int, d: int, group_size: int, dtype: torch.dtype) -> None:
-    packed, scales = OPS.quantize_nf4(torch.randn(n, d), group_size)
-    if n:
-        scales[0, 0] = -3e-42  # subnormal, and negative
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+def operators(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if str(node.target).startswith("squish")}
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    if expected.numel() == 0:
+        return True
+    exact = expected.detach().double()
+    return float((found.detach().double() - exact).norm() / exact.norm()) < ROUNDING[expected.dtype]
+
+
+# --- the operators one by one -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("group_size", [1, 2, 3, 5, 32, 100])
+@pytest.mark.parametrize("n", [0, 1, 7, 300])
+def test_dequantize_gives_the_bits_of_the_operator(n: int, group_size: int, dtype: torch.dtype | None) -> None:
+    packed, scales = odd_weight(n, 4 * group_size, group_size)
     expected = OPS.dequantize_nf4(packed, scales, group_size, dtype=dtype)
-    assert torch.equal(decomposed(OPS.dequantize_nf4, packed, scales, group_size, dtype=dtype), expected)
+    found = TABLE[OPS.dequantize_nf4.default](packed, scales, group_size, dtype=dtype)
+    assert found.dtype == expected.dtype
+    assert torch.equal(bits(found), bits(expected))
+    out = torch.empty_like(expected)
+    assert TABLE[OPS.dequantize_nf4.out](packed, scales, group_size, out=out) is out
+    assert torch.equal(bits(out), bits(expected))
 
 
-def test_a_group_marked_with_nan_stays_marked() -> None:
-    packed, scales = OPS.quantize_nf4(torch.randn(2, 64), 32)
-    scales[1, 0] = torch.nan
-    assert decomposed(OPS.dequantize_nf4, packed, scales, 32)[1].isnan().tolist() == [True] * 32 + [False] * 32
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [64, 50], ids=["whole", "padded"])
-@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=["no bias", "float32", "bfloat16"])
-def test_linear_and_its_gradient_are_the_operators_numbers(
-    d: int, bias: torch.dtype | None, dtype: torch.dtype
+@pytest.mark.parametrize("bias_dtype", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "group_size"), [((64,), 32), ((3, 64), 32), ((2, 40, 61), 32), ((0, 64), 32), ((3, 11), 3)]
+)
+def test_linear_and_its_gradient_give_the_numbers_of_the_operator(
+    shape: tuple[int, ...], group_size: int, dtype: torch.dtype, bias_dtype: torch.dtype | None
 ) -> None:
-    packed, scales = OPS.quantize_nf4(torch.nn.functional.pad(torch.randn(9, d), (0, 64 - d)), 32)
-    x, dy = torch.randn(2, 3, d).to(dtype), torch.randn(2, 3, 9).to(dtype)
-    b = None if bias is None else torch.randn(9).to(bias)
-    near = {"atol": 2e-6, "rtol": 2e-6} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 1e-2}
-    torch.testing.assert_close(
-        decomposed(OPS.linear_nf4, x, packed, scales, b, 32), OPS.linear_nf4(x, packed, scales, b, 32), **near
-    )
-    torch.testing.assert_close(
-        decomposed(OPS._linear_nf4_grad_x, dy, packed, scales, 32, d),
-        OPS._linear_nf4_grad_x(dy, packed, scales, 32, d),
-        **near,
-    )
+    columns = 64 if group_size == 32 else 12
+    packed, scales = OPS.quantize_nf4(torch.randn(9, columns), group_size)
+    x, bias = torch.randn(shape).to(dtype), None if bias_dtype is None else torch.randn(9).to(bias_dtype)
+    y = OPS.linear_nf4(x, packed, scales, bias, group_size)
+    assert close(TABLE[OPS.linear_nf4.default](x, packed, scales, bias, group_size), y)
+    dx = OPS._linear_nf4_grad_x(y, packed, scales, group_size, shape[-1])
+    assert close(TABLE[OPS._linear_nf4_grad_x.default](y, packed, scales, group_size, shape[-1]), dx)
 
 
-def test_a_traced_training_step_decomposes_too() -> None:
-    layer = NF4Linear(50, 9, group_size=32)
-    state = layer.state_dict()  # make_fx takes no subclass of Parameter
-
-    def gradient(x: Tensor) -> Tensor:
-        y = functional_call(layer, state, (x,))
-        return torch.autograd.grad(y.square().sum(), x)[0]
-
-    x = torch.randn(4, 50, requires_grad=True)
-    graph = make_fx(gradient, decomposition_table=squish_nf4.decompositions())(x)
-    assert "squish" not in graph.code
-    torch.testing.assert_close(graph(x), gradient(x), atol=2e-5, rtol=2e-5)
+def test_the_bias_is_added_before_the_one_rounding() -> None:
+    packed, scales = OPS.quantize_nf4(torch.ones(1, 2), 2)
+    x = torch.tensor([[256.0, 1.0]], dtype=torch.bfloat16)  # 257 is no bfloat16: rounded first, the bias would be lost
+    y = TABLE[OPS.linear_nf4.default](x, packed, scales, torch.ones(1), 2)
+    assert y.item() == 258.0 == OPS.linear_nf4(x, packed, scales, torch.ones(1), 2).item()
 
 
-@pytest.fixture(scope="module")
-def llama() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return quantized_llama()
+def test_defaults_are_those_of_the_schemas() -> None:
+    packed, scales = OPS.quantize_nf4(torch.randn(6, 64))
+    x = torch.randn(3, 64)
+    assert torch.equal(TABLE[OPS.dequantize_nf4.default](packed, scales), OPS.dequantize_nf4(packed, scales))
+    assert close(TABLE[OPS.linear_nf4.default](x, packed, scales), OPS.linear_nf4(x, packed, scales))
 
 
-@pytest.fixture(scope="module")
-def program(llama: torch.nn.Module) -> ExportedProgram:
-    shapes = ({0: Dim("batch"), 1: Dim("tokens")},)
-    exported = export(llama, (some_tokens(),), dynamic_shapes=shapes)
-    return exported.run_decompositions(squish_nf4.decompositions())
+def test_every_operator_of_a_model_is_in_the_table_and_quantize_is_not() -> None:
+    names = {str(overload) for overload in TABLE}
+    registered = {
+        name.replace("::", ".") for name in torch._C._dispatch_get_all_op_names() if name.startswith("squish::")
+    }
+    registered = {name if name.endswith(".out") else f"{name}.default" for name in registered}
+    assert registered - names == {"squish.quantize_nf4.default"}
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 17)])
-def test_a_llama_decomposes_with_its_dynamic_sizes(
-    llama: torch.nn.Module, program: ExportedProgram, batch: int, tokens: int
-) -> None:
-    assert "squish" not in program.graph_module.code
-    x = some_tokens(batch, tokens)
-    torch.testing.assert_close(program.module()(x), llama(x), atol=1e-5, rtol=1e-5)
+# --- programs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_onnx_holds_the_packed_bytes_and_decodes_them(
-    llama: torch.nn.Module, program: ExportedProgram, tmp_path: Path
-) -> None:
-    file = str(tmp_path / "llama.onnx")
-    torch.onnx.export(program, dynamo=True, optimize=False, verbose=False).save(file)  # optimized, it would be dense
-    stored = {tuple(t.dims) for t in onnx.load(file).graph.initializer if t.data_type == onnx.TensorProto.UINT8}
-    layers = [module for module in llama.modules() if isinstance(module, NF4Linear)]
-    assert layers
-    assert {tuple(layer.weight.shape) for layer in layers} == stored
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    for batch, tokens in [(2, 9), (1, 1), (3, 17)]:
-        x = some_tokens(batch, tokens)
-        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(y), llama(x).detach(), atol=1e-5, rtol=1e-5)
+def exported_llama() -> tuple[nn.Module, ExportedProgram]:
+    model = quantized_llama(layers=1)
+    return model, export(model, (some_tokens(),), dynamic_shapes=({0: Dim("batch"), 1: Dim("tokens")},))
+
+
+@pytest.mark.parametrize("core", [False, True], ids=["ours alone", "with torch's own"])
+def test_an_exported_model_needs_no_operator_of_ours_and_keeps_its_bytes(core: bool) -> None:
+    model, program = exported_llama()
+    assert operators(program.graph) == {"squish.linear_nf4.default"}
+    table = {**torch.export.default_decompositions(), **TABLE} if core else TABLE
+    decomposed = program.run_decompositions(table)
+    assert operators(decomposed.graph) == set()
+    assert decomposed.state_dict["layers.0.mlp.down_proj.weight"].dtype == torch.uint8
+    assert [tuple(constant.shape) for constant in decomposed.constants.values()] == [(256, 2)]  # shared by all layers
+    for size in [(1, 1), (2, 9), (5, 40)]:
+        tokens = some_tokens(*size)
+        assert close(decomposed.module()(tokens), model(tokens))
+
+
+def test_dequantize_with_dynamic_rows() -> None:
+    class Decode(nn.Module):
+        def forward(self, packed: Tensor, scales: Tensor) -> Tensor:
+            return OPS.dequantize_nf4(packed, scales, 3, dtype=torch.bfloat16)
+
+    n = Dim("n")
+    program = export(Decode(), odd_weight(10, 12, 3), dynamic_shapes=({0: n}, {0: n})).run_decompositions(TABLE)
+    assert operators(program.graph) == set()
+    for rows in (0, 1, 333):
+        args = odd_weight(rows, 12, 3)
+        assert torch.equal(bits(program.module()(*args)), bits(Decode()(*args)))
+
+
+def training_step(layer: NF4Linear) -> Callable[..., tuple[Tensor, ...]]:
+    def gradients(x: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        y = functional_call(layer, weights, (x,))
+        return torch.autograd.grad(y.square().sum(), (x, weights["bias"]))
+
+    return gradients
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+def test_make_fx_of_a_training_step(mode: str) -> None:
+    layer = NF4Linear(65, 33, group_size=32)
+    args: Any = (torch.randn(3, 65, requires_grad=True), {**dict(layer.named_parameters()), "scales": layer.scales})
+    step = training_step(layer)
+    graph = make_fx(step, tracing_mode=mode)(*args)
+    assert operators(graph.graph) == {"squish.linear_nf4.default", "squish._linear_nf4_grad_x.default"}
+    decomposed = make_fx(step, decomposition_table=TABLE, tracing_mode=mode, _allow_non_fake_inputs=True)(*args)
+    assert operators(decomposed.graph) == set()
+    for found, expected in zip(decomposed(*args), step(*args), strict=True):
+        assert close(found, expected)
+
+
+def test_make_fx_of_out() -> None:
+    def into(packed: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+        return OPS.dequantize_nf4.out(packed, scales, 32, out=out)
+
+    packed, scales = odd_weight(6, 64, 32)
+    args = (packed, scales, torch.empty(6, 64, dtype=torch.float16))
+    graph = make_fx(into, decomposition_table=TABLE)(*args)
+    assert operators(graph.graph) == set()
+    out = torch.empty(6, 64, dtype=torch.float16)
+    graph(packed, scales, out)
+    assert torch.equal(bits(out), bits(into(*args)))
+
+
+def test_the_table_may_be_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        table = squish_nf4.decompositions()
+    x = torch.randn(3, 64, requires_grad=True)
+    table[OPS.linear_nf4.default](x, *OPS.quantize_nf4(torch.randn(6, 64))).sum().backward()  # saves the levels
+    assert x.grad is not None
+
+
+def test_the_decompositions_follow_the_device_of_the_weight() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        packed, scales = torch.empty(6, 32, dtype=torch.uint8), torch.empty(6, 2)
+        dense = TABLE[OPS.dequantize_nf4.default](packed, scales)
+    assert (dense.device.type, dense.shape) == ("cuda", (6, 64))

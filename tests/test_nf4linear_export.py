@@ -1,4 +1,4 @@
-"""NF4Linear as a program: TorchScript, trace, export, compile, and TorchScript where only the op library is loaded."""
+"""NF4Linear as a program: TorchScript, trace, torch.fx, and TorchScript where only the op library is loaded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.export import Dim, export
 
 from squish_nf4 import NF4Linear, library_path
 from tests.fresh_process import run_python
@@ -89,37 +87,6 @@ def test_a_scripted_model_runs_where_only_the_op_library_is_loaded(tmp_path: Pat
     inputs = [torch.randn(m, 65) for m in BATCHES]
     torch.save([(x, model(x).detach()) for x in inputs], tmp_path / "data.pt")
     assert run_python(ONLY_THE_OP_LIBRARY, library_path(), tmp_path / "model.pt", tmp_path / "data.pt") == "equal\n"
-
-
-@pytest.mark.parametrize(("in_features", "group_size"), SIZES)
-def test_it_exports_with_a_dynamic_batch(in_features: int, group_size: int) -> None:
-    model = model_of(in_features, group_size)
-    shapes = ({0: Dim("batch"), 1: Dim("tokens")},)
-    program = export(model, (torch.randn(4, 5, in_features),), dynamic_shapes=shapes)
-    assert "squish.linear_nf4" in program.graph_module.code  # the packed bytes, not a decoded weight
-    assert {t.dtype for t in program.state_dict.values()} == {torch.uint8, torch.float32}
-    for batch, tokens in [(0, 3), (1, 1), (2, 40)]:
-        x = torch.randn(batch, tokens, in_features)
-        assert torch.equal(program.module()(x), model(x))
-
-
-def test_an_exported_program_is_saved_and_loaded(tmp_path: Path) -> None:
-    model = model_of()
-    program = export(model, (torch.randn(4, 65),), dynamic_shapes=({0: Dim("batch")},))
-    torch.export.save(program, tmp_path / "model.pt2")
-    x = torch.randn(40, 65)
-    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), model(x))
-
-
-def test_it_compiles_whole_and_once_for_all_batches() -> None:
-    model = model_of()
-    counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    for m in (2, *BATCHES[1:], 300):
-        x = torch.randn(m, 65)
-        assert torch.equal(compiled(x), model(x))
-    assert counter.frame_count == 1
 
 
 def test_symbolic_tracing_keeps_the_layer_as_one_call_that_checks_the_width() -> None:
