@@ -122,7 +122,7 @@ def export_torchscript(
         resized = resized_calls(model, example) if why_traced and example else {}
         calls = [] if example is None else [example, example, *(call for call, _ in resized.values())]
         with written_beside(target, module) as file:
-            fresh = run_fresh(file, calls)
+            fresh = run_fresh(file, [copied(call) for call in calls])  # a call may write into its inputs
             same_bits, difference = agreement_with_eager(fresh, expected)
     free, bound = sizes_that_vary(fresh, resized)
     for note in bound:
