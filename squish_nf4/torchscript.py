@@ -164,7 +164,7 @@ def refuse_target(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"export_torchscript: {path} is a directory; name a file in it")
     if not overwrite and os.path.lexists(path):
-        raise FileExistsError(f"export_torchscript: {path} exists, and overwrite is not given")
+        raise FileExistsError(f"export_torchscript: {path} exists; overwrite=True replaces it")
 
 
 def refuse_unready(model: nn.Module) -> None:

@@ -239,7 +239,7 @@ def test_other_results_than_eagers_are_an_error_and_the_old_file_stays(tmp_path:
 def test_a_file_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     path.write_text("old")
-    with pytest.raises(FileExistsError, match=r"m\.pt exists, and overwrite is not given"):
+    with pytest.raises(FileExistsError, match=r"m\.pt exists; overwrite=True replaces it"):
         export_torchscript(NF4Linear(64, 8).eval(), path)
     assert path.read_text() == "old"
     export_torchscript(NF4Linear(64, 8).eval(), str(path), overwrite=True)
