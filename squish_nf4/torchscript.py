@@ -122,7 +122,7 @@ def export_torchscript(
         resized = resized_calls(model, example) if why_traced and example else {}
         calls = [] if example is None else [example, example, *(call for call, _ in resized.values())]
         with written_beside(target, module) as file:
-            fresh = run_fresh(file, calls)
+            fresh = run_fresh(file, [copied(call) for call in calls])  # a call may write into its inputs
             same_bits, difference = agreement_with_eager(fresh, expected)
     free, bound = sizes_that_vary(fresh, resized)
     for note in bound:
@@ -164,7 +164,7 @@ def refuse_target(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"export_torchscript: {path} is a directory; name a file in it")
     if not overwrite and os.path.lexists(path):
-        raise FileExistsError(f"export_torchscript: {path} exists, and overwrite is not given")
+        raise FileExistsError(f"export_torchscript: {path} exists; overwrite=True replaces it")
 
 
 def refuse_unready(model: nn.Module) -> None:

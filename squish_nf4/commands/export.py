@@ -61,11 +61,15 @@ def run(
     """Everything. ``source``: a Hugging Face model's directory, or "package.module:function".
 
     Raises:
-        ModuleNotFoundError: transformers, or the module, is not installed.
-        ValueError: ``source`` is neither, or quantizing options are given for a model that has NF4 layers already.
+        ModuleNotFoundError: transformers is not installed.
+        FileExistsError: ``target`` exists, and ``overwrite`` is not given.
+        ValueError: ``source`` is neither, there is no such function, or quantizing options are given for a model that
+            has NF4 layers already.
         TypeError: the function returns something else than a module, or a module and example inputs.
         What quantize_model and export_torchscript raise.
     """
+    if target.is_file() and not overwrite:
+        raise FileExistsError(f"{target} exists; --overwrite replaces it")
     refuse_target(target, overwrite)
     with step(f"Loading {source}"):
         model, example = load(source)

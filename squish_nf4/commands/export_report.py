@@ -18,11 +18,11 @@ def print_report(report: ExportReport) -> None:
     if quantized is not None:
         ratio = quantized.bytes_before / max(1, quantized.bytes_after)
         lines["Model"] = (
-            f"{len(quantized.layers)} layers to NF4, {len(quantized.left_alone)} left alone: "
+            f"{terminal.count(len(quantized.layers), 'layer')} to NF4, {len(quantized.left_alone)} left alone: "
             f"{size(quantized.bytes_before)} -> {size(quantized.bytes_after)}, {ratio:.1f} x smaller"
         )
     else:
-        lines["Model"] = f"{written.nf4_layers} NF4 layers, as it came"
+        lines["Model"] = f"{terminal.count(written.nf4_layers, 'NF4 layer')}, as it came"
     if written.why_traced:
         lines["Traced"] = f"it cannot be scripted: {escape(written.why_traced)}"
     if report.signature:

@@ -50,6 +50,10 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 0.9995 else f"{1000 * seconds:.0f} ms"
 
 
+def count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def plain_table(*columns: str, title: str | None = None) -> Table:
     """A table with one line under its head; numbers, in all columns but the first, stand to the right."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", header_style="dim")
