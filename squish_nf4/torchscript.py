@@ -26,8 +26,8 @@ from squish_nf4.linear import NF4Linear
 
 TracerWarning: type[Warning] = torch.jit.TracerWarning  # type: ignore[attr-defined]
 DEPRECATION = (
-    "TorchScript is deprecated: PyTorch keeps loading these files and adds nothing to it. "
-    "New programs may prefer torch.export and AOTInductor (docs/export.md)"
+    "TorchScript is deprecated: PyTorch still writes and runs it, and recommends torch.export for new programs "
+    "(docs/torchscript.md)"
 )
 INSTEAD = "use torch.export or AOTInductor instead (docs/export.md)"
 REASON_COMES_LAST = ("The following operation failed", "Tracer cannot infer type")
@@ -69,12 +69,12 @@ class TorchScriptReport:
             return "loaded in a fresh process with only the op library, not run: there were no example inputs"
         found = "the same bits as eager" if self.same_bits else f"at most {self.max_difference:.3g} from eager"
         sizes = " and ".join(f"dimension {dimension}" for dimension in self.free_dimensions)
-        also = f", also at another size of {sizes} of the inputs" if sizes else ""
-        return f"run in a fresh process with only the op library: {found}{also}"
+        tried = f"also at another size of {sizes} of the inputs" if sizes else "at the sizes of the example alone"
+        return f"run in a fresh process with only the op library: {found}{f', {tried}' if self.why_traced else ''}"
 
     def __str__(self) -> str:
         layers = f"{self.nf4_layers} NF4 layer{'' if self.nf4_layers == 1 else 's'}"
-        lines = [f"{self.path}: {self.route}, {layers}, {self.bytes / 1e6:.1f} MB"]
+        lines = [f"{self.path}: {self.route}, {layers}, {self.bytes:,} bytes"]
         lines += [f"traced because it cannot be scripted: {self.why_traced}"] if self.why_traced else []
         lines += [self.verification, *(f"note: {note}" for note in self.notes), DEPRECATION]
         return "\n".join(lines)
@@ -106,7 +106,7 @@ def export_torchscript(
     Raises:
         TorchScriptError: neither route takes the model, or the results differ by more than rounding. No file is left.
         ValueError: the model is in training mode, or holds tensors without values.
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or one that torch.jit or torch.compile made.
         FileExistsError: ``path`` exists, and ``overwrite`` is not given.
 
     Warns:
@@ -170,8 +170,12 @@ def refuse_target(path: Path, overwrite: bool) -> None:
 def refuse_unready(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"export_torchscript: model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("export_torchscript: the model is TorchScript already; torch.jit.save writes it")
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # what torch.compile returns
+        raise TypeError("export_torchscript: the model is compiled; pass the one that was given to torch.compile")
     for name, module in model.named_modules():
-        if getattr(module, "training", False):  # a frozen ScriptModule does not say
+        if module.training:
             raise ValueError(
                 f"export_torchscript: {f'{name} of the model' if name else 'the model'} is in training mode, which "
                 "would be written into the file; call model.eval() first"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +72,8 @@ def load(path: Path) -> Any:
 # --- with a fresh process ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_llama_is_scripted_and_gives_the_same_bits_in_a_fresh_process(dtype: torch.dtype, tmp_path: Path) -> None:
-    model, path = quantized_llama(dtype), tmp_path / "model.pt"
+def test_a_llama_is_scripted_and_gives_the_same_bits_in_a_fresh_process(tmp_path: Path) -> None:
+    model, path = quantized_llama(torch.bfloat16), tmp_path / "model.pt"
     report = export_torchscript(model, path, some_tokens())
     assert (report.path, report.bytes) == (path, path.stat().st_size)
     assert (report.route, report.why_traced) == ("scripted", None)
@@ -83,7 +84,7 @@ def test_a_llama_is_scripted_and_gives_the_same_bits_in_a_fresh_process(dtype: t
     ids = some_tokens(3, 17)
     assert torch.equal(load(path)(ids), model(ids))
     assert str(report).splitlines()[:2] == [
-        f"{path}: scripted, 21 NF4 layers, {path.stat().st_size / 1e6:.1f} MB",
+        f"{path}: scripted, 21 NF4 layers, {path.stat().st_size:,} bytes",
         "run in a fresh process with only the op library: the same bits as eager",
     ]
     assert "TorchScript is deprecated" in str(report).splitlines()[2]
@@ -157,6 +158,8 @@ def test_a_trace_with_a_size_written_into_it_is_a_warning_and_a_note(tmp_path: P
 def test_a_size_that_the_model_itself_is_bound_to_is_not_held_against_the_trace(tmp_path: Path) -> None:
     report = export_torchscript(Unscriptable().eval(), tmp_path / "m.pt", torch.randn(2, 64))
     assert (report.free_dimensions, report.notes) == ((0,), ())
+    bound_to_both = export_torchscript(Unscriptable().eval(), tmp_path / "m2.pt", torch.randn(64))
+    assert bound_to_both.verification.endswith("the same bits as eager, at the sizes of the example alone")
 
 
 @pytest.mark.usefixtures("here")
@@ -272,8 +275,31 @@ def test_tensors_without_values_are_refused(tmp_path: Path) -> None:
         fake = nn.Linear(3, 3).eval()
     with pytest.raises(ValueError, match="weight is a FakeTensor; TorchScript saves plain tensors"):
         export_torchscript(fake, tmp_path / "m.pt")
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
-        export_torchscript(some_tokens, tmp_path / "m.pt")  # type: ignore[arg-type]
+
+
+def test_what_is_no_eager_module_is_refused(tmp_path: Path) -> None:
+    with torchscript.torchs_warning_off():
+        scripted = torch.jit.script(NF4Linear(64, 8))
+    for model, message in (
+        (some_tokens, r"model must be an nn\.Module, got function"),
+        (scripted, r"the model is TorchScript already; torch\.jit\.save writes it"),
+        (torch.compile(NF4Linear(64, 8)), r"compiled; pass the one that was given to torch\.compile"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            export_torchscript(model, tmp_path / "m.pt")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_transformers_output_becomes_a_dict(tmp_path: Path) -> None:
+    require("minilm", find_spec("transformers") is not None, "transformers is not installed")
+    outputs = import_module("transformers.modeling_outputs")
+
+    class Encoder(Unscriptable):
+        def forward(self, x: Tensor, **options: Any) -> Any:
+            return outputs.BaseModelOutput(last_hidden_state=self.layer(x))
+
+    assert export_torchscript(Encoder().eval(), tmp_path / "m.pt", torch.randn(2, 64)).same_bits
+    assert list(load(tmp_path / "m.pt")(torch.randn(1, 64))) == ["last_hidden_state"]
 
 
 # --- when two results are equal ---------------------------------------------------------------------------------------
