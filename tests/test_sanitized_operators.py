@@ -18,7 +18,7 @@ from tests.compiling import COMPILER, ROOT
 from tests.helpers import require
 
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=vptr"
-# What calls operators from Python, in one process. Left out: what compiles (its own workers), what forks, what measures.
+# What calls operators, in one process. Left out: what compiles in workers of its own, what forks, what measures.
 TESTS = ("test_operators", "test_linear", "test_autograd", "test_errors", "test_packer", "test_decoding")
 LEFT_OUT = "opcheck or compile or forced_isa or thread or every_path or exports"
 
