@@ -57,6 +57,17 @@ def test_a_c_program_passes_on_every_path(program: Path, isa: str) -> None:
     assert (done.returncode, done.stdout) == (0, f"{isa}\n"), done.stderr
 
 
+def test_the_program_of_the_docs_prints_what_they_say(program: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "c-interface.md").read_text()
+    source = tmp_path / "app.c"
+    source.write_text(text.split("```c\n")[1].split("```")[0])
+    prefix = program.parent
+    library = str(prefix / "lib" / "libsquish_nf4_c.a")
+    built = run(["cc", str(source), f"-I{prefix}/include", library, "-lstdc++", "-lm", "-o", str(tmp_path / "app")])
+    assert built.returncode == 0, built.stderr
+    assert f"prints `{run([tmp_path / 'app']).stdout.strip()}`" in text
+
+
 def test_a_path_that_is_unknown_is_a_status(program: Path) -> None:
     done = run([program], SQUISH_NF4_ISA="sse9")
     assert done.returncode == 3, done.stderr
