@@ -35,9 +35,8 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
 
 def _levels_of_bytes() -> Tensor:
     """(256, 2): the levels of the two columns that a byte holds, decoded by the operator itself."""
-    with torch.inference_mode(False):  # a program may keep it as a constant
-        every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").view(256, 1)
-        levels: Tensor = _OPS.dequantize_nf4(every_byte, torch.ones(256, 1, device="cpu"), 2)
+    every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").view(256, 1)
+    levels: Tensor = _OPS.dequantize_nf4(every_byte, torch.ones(256, 1, device="cpu"), 2)
     return levels
 
 

@@ -175,14 +175,6 @@ def test_make_fx_of_out() -> None:
     assert torch.equal(bits(out), bits(into(*args)))
 
 
-def test_the_table_may_be_made_in_inference_mode() -> None:
-    with torch.inference_mode():
-        table = squish_nf4.decompositions()
-    x = torch.randn(3, 64, requires_grad=True)
-    table[OPS.linear_nf4.default](x, *OPS.quantize_nf4(torch.randn(6, 64))).sum().backward()  # saves the levels
-    assert x.grad is not None
-
-
 def test_the_decompositions_follow_the_device_of_the_weight() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         packed, scales = torch.empty(6, 32, dtype=torch.uint8), torch.empty(6, 2)
