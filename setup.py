@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -24,9 +25,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.dist_info import dist_info
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 OP_LIBRARY = "libsquish_nf4"
+TORCH = "torch>=2.11,<2.16"  # the range, written here alone: scripts/setup.sh reads this line
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 try:
@@ -45,6 +48,18 @@ def put_ninja_on_path() -> None:
         if file.name == "ninja":
             folder = Path(str(file.locate())).resolve().parent
             os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def version_tuple(parts: Iterable[str]) -> tuple[int, ...]:
+    return tuple(int(part) for part in parts)
+
+
+def torch_minor() -> str:
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def dependencies(torch_requirement: str) -> list[str]:
+    return [torch_requirement, "numpy", "safetensors", "zstandard", "typer", "rich"]
 
 
 def stop(sentence: str) -> NoReturn:
@@ -68,9 +83,16 @@ def require_torch() -> None:
             "torch is not installed in the environment that builds, but the build has to see the torch that you will "
             "run; install torch first and then type: pip install --no-build-isolation ."
         )
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if not (2, 13) <= version < (2, 15):
-        stop(f"torch {torch.__version__} is installed; 2.13 or 2.14 is wanted; type: pip install 'torch>=2.13,<2.15'")
+    low, high = re.findall(r"(\d+)\.(\d+)", TORCH)
+    if not version_tuple(low) <= version_tuple(torch.__version__.split(".")[:2]) < version_tuple(high):
+        stop(f"torch {torch.__version__} is installed; {TORCH} is wanted; type: pip install '{TORCH}'")
+
+
+def require_writable_source() -> None:
+    """pip builds where the source lies, and does not copy it."""
+    for folder in (ROOT, ROOT / "build", ROOT / "squish_nf4.egg-info"):
+        if folder.exists() and not os.access(folder, os.W_OK):
+            stop(f"{folder} is not writable, and the build writes there; copy the source to a folder of your own.")
 
 
 def require_python_headers() -> None:
@@ -90,13 +112,13 @@ def require_cpp20_compiler() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <bit>\nint main() { return std::bit_cast<int>(0.0f); }\n")
-        command = [*compiler(), "-std=c++20", "-fopenmp", "-c", str(source), "-o", f"{folder}/probe.o"]
+        command = [*compiler(), "-std=c++20", "-c", str(source), "-o", f"{folder}/probe.o"]
         try:
             probe = subprocess.run(command, capture_output=True, text=True)
         except OSError:
             stop(f"the C++ compiler '{name}' does not run; {advice}")
     if probe.returncode != 0:
-        stop(f"the C++ compiler '{name}' does not compile C++20 with OpenMP; {advice}")
+        stop(f"the C++ compiler '{name}' does not compile C++20; {advice}")
 
 
 def toolkit_version(root: Path) -> str | None:
@@ -122,6 +144,12 @@ def toolkit_of_nvcc_on_path() -> Path | None:
     return Path(found.group(1).strip()).resolve() if found else None
 
 
+def toolkit_of_pip(major: str) -> Path | None:
+    """The toolkit that pip installed: the packages nvidia-cuda-nvcc, -crt, -cccl and -runtime share one folder."""
+    folders = (Path(entry) / "nvidia" / f"cu{major}" for entry in sys.path)
+    return next((folder for folder in folders if (folder / "bin" / "nvcc").is_file()), None)
+
+
 def find_cuda_toolkit() -> tuple[Path, str] | None:
     """The toolkit to build with and its version, or None; prints the decision and its reason."""
     wish = os.environ.get("SQUISH_CUDA", "")
@@ -131,12 +159,15 @@ def find_cuda_toolkit() -> tuple[Path, str] | None:
         print("squish_nf4: building for the CPU only (SQUISH_CUDA=0)")
         return None
     wanted = torch.version.cuda
-    reason = "this torch is a CPU build" if wanted is None else f"no CUDA {wanted.split('.')[0]} toolkit was found"
-    explicit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if wanted and explicit:
-        reason = f"no nvcc runs in {explicit}/bin, where CUDA_HOME points"
-    places = [Path(explicit)] if explicit else [toolkit_of_nvcc_on_path(), Path("/usr/local/cuda")]
-    for root in places if wanted else []:
+    if wanted is None:
+        places, reason = [], "this torch is a CPU build"
+    elif explicit := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        places, reason = [Path(explicit)], f"no nvcc runs in {explicit}/bin, where CUDA_HOME points"
+    else:
+        major = wanted.split(".")[0]
+        places = [toolkit_of_nvcc_on_path(), toolkit_of_pip(major), Path("/usr/local/cuda")]
+        reason = f"no CUDA {major} toolkit was found"
+    for root in places:
         version = toolkit_version(root) if root else None
         if version and version.split(".")[0] == wanted.split(".")[0]:
             print(f"squish_nf4: building for CPU and CUDA {version} (toolkit in {root}; torch has CUDA {wanted})")
@@ -196,19 +227,19 @@ def configure_op_library(extension: Extension, toolkit: tuple[Path, str] | None)
     extension.sources = cpu_sources()
     extension.include_dirs = [str(ROOT)]
     extension.library_dirs = [str(torch_root / "lib")]
-    extension.libraries = ["c10", "torch", "torch_cpu"]
-    # OpenMP comes from the library that torch itself loads: a second runtime would bring a second pool of threads.
+    extension.libraries = ["c10", "torch_cpu"]
     rpaths = ["$ORIGIN/../torch/lib"]
-    flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
     headers = [f"-isystem{torch_root / path}" for path in ("include", "include/torch/csrc/api/include")]
     extension.extra_compile_args = {"cxx": flags + headers}
     if toolkit:
         root, version = toolkit
         extension.sources = sources("cpu", "cuda", "ops")
-        extension.include_dirs.append(str(root / "include"))
+        major = version.split(".")[0]
+        extension.include_dirs += [str(root / "include"), str(root / "include" / "cccl")]
         extension.library_dirs += [str(root / lib) for lib in ("lib64", "lib") if (root / lib).is_dir()]
-        extension.libraries += ["c10_cuda", "cudart"]
-        rpaths.append(f"$ORIGIN/../nvidia/cu{version.split('.')[0]}/lib")
+        extension.libraries += ["c10_cuda", f":libcudart.so.{major}"]  # pip's toolkit has no plain libcudart.so
+        rpaths.append(f"$ORIGIN/../nvidia/cu{major}/lib")
         # No fused multiply-add, no flush of subnormals, correctly rounded division: the bits are those of the CPU.
         exact = ["-fmad=false", "-ftz=false", "-prec-div=true"]
         extension.extra_compile_args["nvcc"] = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", *exact]
@@ -245,6 +276,7 @@ def build_command() -> type[build_ext]:
         def run(self) -> None:
             require_platform()
             require_torch()
+            require_writable_source()
             require_cpp20_compiler()
             require_python_headers()
             toolkit = find_cuda_toolkit()
@@ -277,6 +309,15 @@ class DistInfo(dist_info):
     def run(self) -> None:
         require_platform()
         require_torch()
+        require_writable_source()
+        super().run()
+
+
+class Sdist(sdist):
+    """The source takes every torch of the range; what is built of it takes the one that it was built for."""
+
+    def run(self) -> None:
+        self.distribution.install_requires = dependencies(TORCH)
         super().run()
 
 
@@ -295,5 +336,13 @@ setup(
         Extension(f"squish_nf4.{OP_LIBRARY}", cpu_sources(), language="c++"),
         Extension("squish_nf4._C", sources("python"), language="c++"),
     ],
-    cmdclass={"build_ext": build_command(), "dist_info": DistInfo, "build_py": BuildPy},
+    cmdclass={
+        "build_ext": build_command(),
+        "build_py": BuildPy,
+        "dist_info": DistInfo,
+        "sdist": Sdist,
+    },
+    # The name of a wheel says for which torch it is: two of them can lie in one folder.
+    options={"bdist_wheel": {"build_number": f"1torch{torch_minor()}"}} if torch else {},
+    install_requires=dependencies(f"torch=={torch_minor()}.*" if torch else TORCH),
 )

@@ -21,9 +21,11 @@ command -v "${compiler%% *}" >/dev/null || fail "the C++ compiler '$compiler' wa
 # "2.14.1 /its/site-packages" of a torch that fits, or nothing. The import alone would cost seconds.
 fitting_torch() {
   "$1" -c '
-import importlib.metadata
+import importlib.metadata, re
 torch = importlib.metadata.distribution("torch")
-if torch.version.split(".")[:2] in (["2", "13"], ["2", "14"]):
+(low, high), = re.findall(r"(?m)^TORCH = .torch>=([\d.]+),<([\d.]+)", open("setup.py").read())
+number = lambda version: [int(part) for part in version.split(".")[:2]]
+if number(low) <= number(torch.version) < number(high):
     print(torch.version, torch.locate_file(""))' 2>/dev/null || true
 }
 

@@ -20,7 +20,7 @@ TORCH = r"(torch|ATen|c10)/.+"
 # room -> (project rooms it may include, headers in angle brackets it may include)
 ROOMS = {
     "nf4": ({"nf4"}, STANDARD),
-    "cpu": ({"nf4", "cpu"}, rf"{STANDARD}|immintrin\.h"),
+    "cpu": ({"nf4", "cpu"}, rf"{STANDARD}|(immintrin|cpuid)\.h"),
     "c": ({"nf4", "cpu", "c"}, STANDARD + r"|stdint\.h"),
     "cuda": ({"nf4", "cuda"}, rf"{STANDARD}|cuda_runtime(_api)?\.h|cuda_(fp16|bf16)\.h"),
     "ops": ({"nf4", "cpu", "cuda", "ops"}, rf"{STANDARD}|{TORCH}"),

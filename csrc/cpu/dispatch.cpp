@@ -1,4 +1,8 @@
 // Chooses the CPU path once, by what the CPU has and what SQUISH_NF4_ISA allows.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <array>
 #include <cstdlib>
 #include <string_view>
@@ -10,11 +14,18 @@ namespace {
 
 constexpr std::array<const char*, 4> kNames = {"scalar", "avx2", "avx512", "avx512_bf16"};
 
+#if defined(__x86_64__)
+// Clang before 18 does not take this name in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 // Every feature a path uses is asked for by name (the check covers the operating system's support of the registers).
 Isa best_of_this_cpu() {
 #if defined(__x86_64__)
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
-    return Isa::kScalar;
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())) return Isa::kScalar;
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")))
     return Isa::kAvx2;

@@ -48,7 +48,7 @@ void fused_linear(const Problem& p, const Tensor& x, const Tensor& bias, const T
     }
     T* out = static_cast<T*>(y.mutable_data_ptr());
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(p.columns, 1));
-    at::parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) {
       const cpu::DefaultFloatEnvironment environment;
       float sums[kRowsAtOnce * cpu::kLinearBatch];
       for (int64_t row = begin; row < end; row += kRowsAtOnce) {

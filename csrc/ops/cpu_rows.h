@@ -2,13 +2,13 @@
 // depend on the number of threads, because a thread always takes whole groups.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <numeric>
 
 #include "csrc/cpu/float_environment.h"
 #include "csrc/cpu/kernels.h"
+#include "csrc/ops/parallel.h"
 #include "csrc/ops/storage_types.h"
 
 namespace squish::ops {
@@ -31,7 +31,7 @@ void for_each_stretch(int64_t n, int64_t d, int64_t group_size, bool contiguous,
   const int64_t block = std::lcm(int64_t{2}, group_size);
   const int64_t row_blocks = contiguous ? n * (d / block) : d / block;
   const int64_t grain = std::max<int64_t>(1, kColumnsPerThread / block);
-  at::parallel_for(0, n * (d / block), grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, n * (d / block), grain, [&](int64_t begin, int64_t end) {
     const cpu::DefaultFloatEnvironment environment;
     while (begin < end) {
       const int64_t count = std::min(end - begin, row_blocks - begin % row_blocks);
