@@ -222,13 +222,13 @@ def write_build_info(folder: Path, cuda: str | None, inplace: bool) -> None:
     (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
 
 
-def configure_op_library(extension: Extension, toolkit: tuple[Path, str] | None) -> None:
+def configure_op_library(extension: Extension, toolkit: tuple[Path, str] | None, inplace: bool) -> None:
     torch_root = Path(torch.__file__).parent
     extension.sources = cpu_sources()
     extension.include_dirs = [str(ROOT)]
     extension.library_dirs = [str(torch_root / "lib")]
     extension.libraries = ["c10", "torch_cpu"]
-    rpaths = ["$ORIGIN/../torch/lib"]
+    libraries = ["torch/lib"]
     flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
     headers = [f"-isystem{torch_root / path}" for path in ("include", "include/torch/csrc/api/include")]
     extension.extra_compile_args = {"cxx": flags + headers}
@@ -239,11 +239,14 @@ def configure_op_library(extension: Extension, toolkit: tuple[Path, str] | None)
         extension.include_dirs += [str(root / "include"), str(root / "include" / "cccl")]
         extension.library_dirs += [str(root / lib) for lib in ("lib64", "lib") if (root / lib).is_dir()]
         extension.libraries += ["c10_cuda", f":libcudart.so.{major}"]  # pip's toolkit has no plain libcudart.so
-        rpaths.append(f"$ORIGIN/../nvidia/cu{major}/lib")
+        libraries.append(f"nvidia/cu{major}/lib")
         # No fused multiply-add, no flush of subnormals, correctly rounded division: the bits are those of the CPU.
         exact = ["-fmad=false", "-ftz=false", "-prec-div=true"]
         extension.extra_compile_args["nvcc"] = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", *exact]
-    extension.extra_link_args = [f"-Wl,-rpath,{':'.join(rpaths)}", f"-Wl,-soname,{OP_LIBRARY}.so"]
+    # What is built in place does not lie beside torch: C++ programs load it, and nobody has loaded torch for them.
+    roots = ["$ORIGIN/..", str(torch_root.parent)] if inplace else ["$ORIGIN/.."]
+    rpath = ":".join(f"{root}/{library}" for root in roots for library in libraries)
+    extension.extra_link_args = [f"-Wl,-rpath,{rpath}", f"-Wl,-soname,{OP_LIBRARY}.so"]
 
 
 def configure_python_module(extension: Extension, build_lib: str, cuda: str | None) -> None:
@@ -284,7 +287,7 @@ def build_command() -> type[build_ext]:
             if toolkit:
                 self.use_toolkit(toolkit[0])
             op_library, python_module = self.extensions
-            configure_op_library(op_library, toolkit)
+            configure_op_library(op_library, toolkit, self.inplace)
             configure_python_module(python_module, self.build_lib, cuda)
             super().run()
             write_build_info((ROOT if self.inplace else Path(self.build_lib)) / "squish_nf4", cuda, self.inplace)
