@@ -1,9 +1,10 @@
 # One command each; all but `clean` first set up .venv (scripts/setup.sh), which costs seconds when it is up to date.
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test compatibility lint format bench clean
 
 help:
 	@echo "make demo    quantize a real sentence model, compare it with the dense one, convert its checkpoint"
 	@echo "make test    the whole test suite"
+	@echo "make compatibility  build and test with every torch, Python and compiler of noxfile.py (hours, 30 GB)"
 	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   the benchmarks"
@@ -18,6 +19,9 @@ demo: setup
 
 test: setup
 	@.venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+compatibility: setup
+	.venv/bin/nox $(NOX_ARGS)
 
 lint: setup
 	.venv/bin/ruff check .
@@ -34,6 +38,7 @@ bench: setup
 	.venv/bin/python -m benchmarks.import_time
 	.venv/bin/python -m benchmarks.codec
 	.venv/bin/python -m benchmarks.linear
+	.venv/bin/python -m benchmarks.cpp_latency
 
 clean:
 	rm -rf build demo-output squish_nf4/*.so squish_nf4/_build_info.py

@@ -320,7 +320,8 @@ class Sdist(sdist):
     """The source takes every torch of the range; what is built of it takes the one that it was built for."""
 
     def run(self) -> None:
-        self.distribution.install_requires = dependencies(TORCH)
+        wide = dependencies(TORCH)
+        self.distribution.install_requires = self.distribution.metadata.install_requires = wide
         super().run()
 
 

@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -21,6 +22,16 @@ def require(what: str, available: bool, why: str) -> None:
     if what in os.environ.get("SQUISH_REQUIRE", "").split(","):
         pytest.fail(f"SQUISH_REQUIRE names {what}, but {why}", pytrace=False)
     pytest.skip(f"needs {what}: {why}")
+
+
+def require_torch(minor: str, older: str) -> None:
+    """Skip the test on a torch before ``minor`` ("2.13"); ``older`` says what such a torch cannot do."""
+    wanted, found = (tuple(int(part) for part in text.split(".")[:2]) for text in (minor, torch.__version__))
+    require(f"torch-{minor}", found >= wanted, f"torch {torch.__version__} {older}")
+
+
+def require_transformers() -> None:
+    require("transformers", find_spec("transformers") is not None, "the package transformers is not installed")
 
 
 class ForcedIsa:

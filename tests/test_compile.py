@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad
 
 from squish_nf4 import NF4Linear
-from tests.helpers import require
+from tests.helpers import require_torch
 from tests.llama import Llama, quantized_llama, some_tokens
 
 OPS = torch.ops.squish
@@ -122,8 +122,7 @@ def test_functional_call_and_torch_func_gradients() -> None:
 
 
 def test_out_is_written_by_a_compiled_program() -> None:
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    require("torch-2.13", version >= (2, 13), f"torch {torch.__version__} cannot compile an out= operator of a library")
+    require_torch("2.13", "cannot compile an out= operator of a library")
     packed, scales = OPS.quantize_nf4(torch.randn(6, 64))
 
     def into(packed: Tensor, scales: Tensor, out: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from squish_nf4 import NF4Linear, NF4Packer, export_torchscript, fresh_process, fresh_run, torchscript
 from squish_nf4.example_calls import Call
 from squish_nf4.fresh_process import FreshRun, TorchScriptError, compare
-from tests.helpers import require
+from tests.helpers import require, require_transformers
 from tests.llama import quantized_llama, some_tokens
 
 
@@ -291,7 +290,7 @@ def test_what_is_no_eager_module_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("here")
 def test_a_transformers_output_becomes_a_dict(tmp_path: Path) -> None:
-    require("minilm", find_spec("transformers") is not None, "transformers is not installed")
+    require_transformers()
     outputs = import_module("transformers.modeling_outputs")
 
     class Encoder(Unscriptable):

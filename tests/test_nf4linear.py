@@ -370,10 +370,10 @@ def test_initializers_of_dense_weights_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("initializer", [nn.init.trunc_normal_, nn.init.orthogonal_])
-def test_initializers_that_torch_itself_refuses_for_bytes_change_nothing(initializer: Callable[..., Tensor]) -> None:
+def test_initializers_that_torch_refuses_for_bytes_change_nothing(initializer: Callable[..., Tensor]) -> None:
     layer = NF4Linear(64, 9)
     before = layer.weight.clone()
-    with pytest.raises(RuntimeError, match=r"uint8|Byte"):
+    with pytest.raises((RuntimeError, TypeError), match=r"uint8|Byte|packed NF4 bytes"):  # torch 2.11 asks the weight
         initializer(layer.weight)
     assert torch.equal(layer.weight, before)
 

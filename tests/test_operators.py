@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from squish_nf4 import dequantize_nf4, linear_nf4, quantize_nf4
+from tests.helpers import require_torch
 
 OPS = torch.ops.squish
 
@@ -146,6 +147,8 @@ OPCHECKS: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
 )
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 def test_opcheck_is_clean(name: str, index: int) -> None:
+    if name.endswith(".out"):
+        require_torch("2.13", "cannot trace an out= operator of a library")
     args, kwargs = OPCHECKS[name][index]
     torch.library.opcheck(overload(name), args, kwargs)
 
@@ -188,6 +191,7 @@ def test_out_holds_what_dequantize_returns_and_is_returned(dtype: torch.dtype) -
 
 
 def test_out_has_the_out_tag_and_no_other_operator_has() -> None:
+    require_torch("2.13", "has no such tag")
     assert {name for name in SCHEMAS if torch.Tag.out in overload(name).tags} == {"dequantize_nf4.out"}
 
 

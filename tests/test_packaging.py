@@ -8,6 +8,7 @@ import shutil
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from email.parser import Parser
@@ -23,14 +24,14 @@ from tests.helpers import require
 OWN_BUILD = {"SQUISH_CUDA": "1" if _build_info.CUDA_VERSION else "0"}  # another decision would compile again
 TORCH = ".".join(torch.__version__.split(".")[:2])
 
-# A compiler that takes the object that lies in build/ for a file of csrc: its folder, then all arguments.
+# A compiler that takes the object that lies in build/ (OBJECTS) for a file of csrc.
 WITH_OBJECTS_OF = """#!/bin/sh
-objects=$1; shift
+objects="OBJECTS"
 for word; do
   case "$previous" in -c) source=$word;; -o) target=$word;; esac
   previous=$word
 done
-case "$source" in */csrc/*) exec cp "$objects/csrc/${source##*/csrc/}.o" "$target";; esac
+case "$source" in */csrc/*) exec cp "$objects/csrc/${target##*/csrc/}" "$target";; esac
 exec c++ "$@"
 """
 
@@ -58,9 +59,11 @@ def wheel(objects: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made as pip makes it, by this one command; its metadata are written to a folder of their own."""
     folder = tmp_path_factory.mktemp("sdist")
-    steps = ["egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder]
-    done = run([sys.executable, "setup.py", "--quiet", *steps])
+    (folder / "extra.cfg").write_text(f"[egg_info]\negg_base = {folder}\n")
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder]
+    done = run(command, DIST_EXTRA_CONFIG=str(folder / "extra.cfg"))
     assert done.returncode == 0, done.stderr
     (made,) = folder.glob("*.tar.gz")
     return made
@@ -121,19 +124,27 @@ def somebody() -> Iterator[list[str]]:
     yield ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *may_read]
 
 
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """tmp_path lies in a folder that is closed to other users."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 def test_sdist_builds_for_a_user_in_a_path_with_spaces(
-    sdist: Path, objects: Path, somebody: list[str], tmp_path: Path
+    sdist: Path, objects: Path, somebody: list[str], public_folder: Path
 ) -> None:
-    """All but the compiler's work, which `make compatibility` does: its objects are taken from build/."""
-    home = tmp_path / "a path with spaces"
+    """All but the compilers' work, which `make compatibility` does: the objects are taken from build/."""
+    home = public_folder / "a path with spaces"
     shutil.unpack_archive(sdist, home)
-    compiler = home / "c++"
-    compiler.write_text(WITH_OBJECTS_OF)
+    compiler = public_folder / "g++"  # by its name torch knows the compiler
+    compiler.write_text(WITH_OBJECTS_OF.replace("OBJECTS", str(objects)))
     compiler.chmod(0o755)
     for path in [home, *home.rglob("*")] if somebody else []:
         os.chown(path, 65534, 65534)
     (tree,) = (path for path in home.iterdir() if path.is_dir())
-    environment = {**OWN_BUILD, "CXX": f"sh ../c++ {objects}", "HOME": str(home), "MAX_JOBS": "1"}
+    environment = {"SQUISH_CUDA": "0", "CXX": str(compiler), "HOME": str(home), "MAX_JOBS": "1"}
     done = run([*somebody, sys.executable, "setup.py", "-q", "bdist_wheel"], cwd=tree, **environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (made,) = (tree / "dist").glob("*.whl")
@@ -156,12 +167,13 @@ def dynamic_section(library: str) -> tuple[set[str], list[str]]:
     return set(re.findall(r"\(NEEDED\).*\[(.*)\]", said)), ":".join(paths).split(":")
 
 
-def test_op_library_finds_torch_and_cuda_relative_to_itself() -> None:
-    needed, folders = dynamic_section(library_path())
+def test_op_library_finds_torch_and_cuda_relative_to_itself(wheel: Path, tmp_path: Path) -> None:
+    library = zipfile.ZipFile(wheel).extract("squish_nf4/libsquish_nf4.so", tmp_path)
+    needed, folders = dynamic_section(library)
     cuda = _build_info.CUDA_VERSION and f"$ORIGIN/../nvidia/cu{_build_info.CUDA_VERSION.split('.')[0]}/lib"
     assert folders == ["$ORIGIN/../torch/lib", *([cuda] if cuda else [])]
     assert "libtorch_cpu.so" in needed  # not linked into it
-    assert Path(library_path()).stat().st_size < 20_000_000
+    assert Path(library).stat().st_size < 20_000_000
 
 
 def test_op_library_brings_no_threads_of_its_own_and_no_python() -> None:

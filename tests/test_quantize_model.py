@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from squish_nf4 import NF4Linear, dequantize_model, quantize_model
-from tests.helpers import names, reasons
+from tests.helpers import names, reasons, require_transformers
 
 
 class Block(nn.Module):
@@ -411,6 +411,7 @@ def t5() -> Any:
 
 @pytest.mark.parametrize(("make", "layers"), [(llama, 2 * 7), (bert, 2 * 6 + 1), (t5, 2 * 5)])
 def test_a_transformers_model_is_quantized_and_still_works(make: Any, layers: int) -> None:
+    require_transformers()
     torch.manual_seed(0)
     model = make()
     with torch.no_grad():

@@ -186,7 +186,7 @@ def test_a_toolkit_without_a_plain_libcudart_is_linked_by_its_full_name(
 ) -> None:
     library = setuptools.Extension("squish_nf4.libsquish_nf4", [])
     setup_py["torch"].__file__ = torch.__file__
-    setup_py["configure_op_library"](library, (tmp_path, "13.1"))
+    setup_py["configure_op_library"](library, (tmp_path, "13.1"), inplace=False)
     assert ":libcudart.so.13" in library.libraries
     assert "cudart" not in library.libraries
 
@@ -213,7 +213,7 @@ def test_squish_cuda_0_builds_for_the_cpu(
     assert "building for the CPU only (SQUISH_CUDA=0)" in capsys.readouterr().out
     library = setuptools.Extension("squish_nf4.libsquish_nf4", [])
     setup_py["torch"].__file__ = torch.__file__
-    setup_py["configure_op_library"](library, None)
+    setup_py["configure_op_library"](library, None, inplace=False)
     assert not any("cuda" in name for name in [*library.sources, *library.libraries])
 
 
