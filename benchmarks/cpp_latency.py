@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,12 +67,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1000, help="calls in one turn")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated")
     print(machine())
     print(
         f"Microseconds of a call, median of {options.rounds} turns of {options.repeats} calls each, inference mode.\n"
     )
     print("| | eager Python | scripted, Python | scripted, C++ | C++ / eager |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder:
         app = build_app(Path(folder) / "build")
         for number, (name, (model, x)) in enumerate(cases().items()):
             files = [Path(folder) / f"{number}.{what}.pt" for what in ("model", "x", "y")]
@@ -79,9 +81,8 @@ def main() -> None:
 
 
 def compare(app: Path, files: list[Path], model: nn.Module, x: Tensor, rounds: int, repeats: int) -> list[str]:
-    with torch.inference_mode(False):
-        squish_nf4.export_torchscript(model, files[0], x.clone())
-        torch.save(x, files[1])
+    squish_nf4.export_torchscript(model, files[0], x)
+    torch.save(x, files[1])
     scripted = torch.jit.load(files[0])
 
     def in_cpp() -> float:
@@ -90,12 +91,17 @@ def compare(app: Path, files: list[Path], model: nn.Module, x: Tensor, rounds: i
         return float(done.stdout)
 
     in_cpp()
-    if not torch.equal(torch.load(files[2]), model(x)):
-        raise SystemExit("C++ does not give the bits of eager")
-    turns = [
-        (median_microseconds(lambda: model(x), repeats), median_microseconds(lambda: scripted(x), repeats), in_cpp())
-        for _ in range(rounds)
-    ]
+    with torch.inference_mode():
+        if not torch.equal(torch.load(files[2]), model(x)):
+            raise SystemExit("C++ does not give the bits of eager")
+        turns = [
+            (
+                median_microseconds(lambda: model(x), repeats),
+                median_microseconds(lambda: scripted(x), repeats),
+                in_cpp(),
+            )
+            for _ in range(rounds)
+        ]
     medians = [f"{statistics.median(column):.1f}" for column in zip(*turns, strict=True)]
     return [*medians, f"{statistics.median(cpp / eager for eager, _, cpp in turns):.2f}"]
 

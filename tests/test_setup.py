@@ -265,7 +265,7 @@ def test_the_matrix_covers_the_range_and_no_more(setup_py: dict[str, Any]) -> No
     assert pinned.group(1) in matrix
 
 
-@pytest.mark.parametrize("place", ["docs/compatibility.md"])
+@pytest.mark.parametrize("place", ["README.md", "docs/compatibility.md"])
 def test_the_range_that_users_read_is_that_of_the_build(setup_py: dict[str, Any], place: str) -> None:
     assert set(re.findall(r"torch>=[\d.]+,<[\d.]+", (ROOT / place).read_text())) == {setup_py["TORCH"]}
 
