@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 
 def require(what: str, available: bool, why: str) -> None:
@@ -74,3 +75,9 @@ def names(report: Any) -> list[str]:
 def reasons(report: Any) -> dict[str, str]:
     """Why quantize_model left modules alone, by name."""
     return {entry.name: entry.reason for entry in report.left_alone}
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    """The norm of the difference over the norm of ``exact``, which is float64."""
+    assert found.shape == exact.shape
+    return float((found.double() - exact).norm() / exact.norm())

@@ -160,7 +160,7 @@ void decode(const Tensor& packed, const Tensor& scales, int64_t group_size, cons
       T* values = static_cast<T*>(out.mutable_data_ptr());
       for_each_stretch(out.numel(), group_size,
                        [&, kernel = cpu::decode_kernel<T>(kernels())](int64_t at, int64_t count) {
-                         kernel(bytes + at / 2, scale + at / group_size, count, group_size, values + at);
+                         kernel(bytes + at / 2, scale + at / group_size, 0, count, group_size, values + at);
                        });
     }
   });

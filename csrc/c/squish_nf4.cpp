@@ -38,7 +38,7 @@ void quantize(const Matrix& m, const void* w, uint8_t* packed, float* scales) {
 template <typename T>
 void dequantize(const Matrix& m, const uint8_t* packed, const float* scales, void* out) {
   const int64_t at = m.first_column();
-  cpu::decode_kernel<T> (*cpu::selection().kernels)(packed + at / 2, scales + at / m.group_size, m.columns(),
+  cpu::decode_kernel<T> (*cpu::selection().kernels)(packed + at / 2, scales + at / m.group_size, 0, m.columns(),
                                                     m.group_size, static_cast<T*>(out) + at);
 }
 

@@ -9,6 +9,7 @@
 
 SQUISH_TARGET_REGION("avx2,fma,f16c")
 #include "csrc/cpu/group_loops.h"
+#include "csrc/cpu/linear_loops.h"
 
 namespace squish::cpu {
 namespace {
@@ -85,12 +86,6 @@ inline BytePlanes byte_planes(float scale) {
           _mm_load_si128(reinterpret_cast<const __m128i*>(high))};
 }
 
-inline float sum_of_lanes(__m256 x) {
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
 struct Avx2Path {
   template <typename T>
   static uint32_t absmax_bits(const T* w, int64_t count) {
@@ -154,43 +149,56 @@ struct Avx2Path {
     }
     nf4::decode_pairs(packed + i / 2, count - i, scale, nf4::kCodebook.level, out + i);
   }
+};
 
-  template <int M>
-  static void linear_row(const uint8_t* packed, const float* scales, int64_t count, int64_t group_size, const float* x,
-                         float* result) {
-    const int64_t half_group = group_size / 2, to_odd = count / 2;
-    __m256 sum[M];
-    float tail[M] = {};
-    for (int i = 0; i < M; ++i) sum[i] = _mm256_setzero_ps();
-    for (int64_t start = 0, group = 0; start < count / 2; start += half_group, ++group) {
-      const Table table = scaled_levels(scales[group]);
-      int64_t j = start;
-      for (; j + 8 <= start + half_group; j += 8) {
-        const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + j)));
-        const __m256 even = look_up(table, byte);
-        const __m256 odd = look_up(table, _mm256_srli_epi32(byte, nf4::kOddColumnShift));
-        for (int i = 0; i < M; ++i) {
-          const float* xi = x + i * count + j;
-          sum[i] =
-              _mm256_fmadd_ps(odd, _mm256_loadu_ps(xi + to_odd), _mm256_fmadd_ps(even, _mm256_loadu_ps(xi), sum[i]));
-        }
-      }
-      for (; j < start + half_group; ++j) {
-        const float even = nf4::decode<float>(nf4::even_index(packed[j]), scales[group], nf4::kCodebook.level);
-        const float odd = nf4::decode<float>(nf4::odd_index(packed[j]), scales[group], nf4::kCodebook.level);
-        for (int i = 0; i < M; ++i) {
-          const float* xi = x + i * count + j;
-          tail[i] += even * xi[0] + odd * xi[to_odd];
-        }
-      }
+struct Avx2Floats {
+  using Path = Avx2Path;
+  using Element = float;
+  using Operand = __m256;
+  using Sum = __m256;
+  static constexpr int64_t kLanes = 8;
+  static constexpr int kBlock = 2, kFew = 1;
+  struct OneGroup {
+    __m256 low, high;
+    OneGroup() = default;
+    explicit OneGroup(float scale) {
+      low = _mm256_mul_ps(_mm256_loadu_ps(nf4::kCodebook.level), _mm256_set1_ps(scale));
+      high = _mm256_mul_ps(_mm256_loadu_ps(nf4::kCodebook.level + 8), _mm256_set1_ps(scale));
     }
-    for (int i = 0; i < M; ++i) result[i] = sum_of_lanes(sum[i]) + tail[i];
+  };
+  struct TwoGroups {
+    __m256 scale;
+    TwoGroups() = default;
+    TwoGroups(float first, float second) : scale(_mm256_set_m128(_mm_set1_ps(second), _mm_set1_ps(first))) {}
+  };
+
+  static void decode(const uint8_t* packed, const Table& table, __m256& even, __m256& odd) {
+    const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+    even = look_up(table, byte);
+    odd = look_up(table, _mm256_srli_epi32(byte, nf4::kOddColumnShift));
+  }
+  static void decode(const uint8_t* packed, const OneGroup& levels, __m256& even, __m256& odd) {
+    decode(packed, Table{levels.low, levels.high}, even, odd);
+  }
+  static void decode(const uint8_t* packed, const TwoGroups& levels, __m256& even, __m256& odd) {
+    const float* level = nf4::kCodebook.level;
+    decode(packed, Table{_mm256_loadu_ps(level), _mm256_loadu_ps(level + 8)}, even, odd);
+    even = _mm256_mul_ps(even, levels.scale);
+    odd = _mm256_mul_ps(odd, levels.scale);
+  }
+  static Sum zero() { return _mm256_setzero_ps(); }
+  static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
+  static void store(float* to, __m256 x) { _mm256_storeu_ps(to, x); }
+  static Sum multiply_add(__m256 a, __m256 b, Sum sum) { return _mm256_fmadd_ps(a, b, sum); }
+  static Four totals(Sum a, Sum b, Sum c, Sum d) {
+    const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
   }
 };
 
 }  // namespace
 
-constinit const Kernels kAvx2Kernels = kernels_of_path<Avx2Path>();
+constinit const Kernels kAvx2Kernels = kernels_of_path<Avx2Path>(linear_kernels_of<Avx2Floats>());
 
 }  // namespace squish::cpu
 SQUISH_END_TARGET_REGION

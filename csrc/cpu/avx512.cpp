@@ -7,7 +7,9 @@
 #include "csrc/nf4/codec.h"
 
 SQUISH_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "csrc/cpu/avx512.h"
 #include "csrc/cpu/group_loops.h"
+#include "csrc/cpu/linear_loops.h"
 
 namespace squish::cpu {
 namespace {
@@ -127,56 +129,51 @@ struct Avx512Path {
       _mm512_mask_storeu_epi16(out + i, (__mmask32{1} << (count - i)) - 1, decode_thirty_two(bytes, table));
     }
   }
+};
 
-  template <int M>
-  static void linear_row(const uint8_t* packed, const float* scales, int64_t count, int64_t group_size, const float* x,
-                         float* result) {
-    const auto row = group_size % 32 == 0 ? &linear_row_of<M, true> : &linear_row_of<M, false>;
-    row(packed, scales, count, group_size, x, result);
-  }
+struct Avx512Floats {
+  using Path = Avx512Path;
+  using Element = float;
+  using Operand = __m512;
+  using Sum = __m512;
+  static constexpr int64_t kLanes = 16;
+  static constexpr int kBlock = 6, kFew = 4;
+  struct OneGroup {
+    __m512 level;
+    OneGroup() = default;
+    explicit OneGroup(float scale)
+        : level(_mm512_mul_ps(_mm512_loadu_ps(nf4::kCodebook.level), _mm512_set1_ps(scale))) {}
+  };
+  struct TwoGroups {
+    __m512 scale;
+    TwoGroups() = default;
+    TwoGroups(float first, float second)
+        : scale(_mm512_mask_mov_ps(_mm512_set1_ps(first), 0xff00, _mm512_set1_ps(second))) {}
+  };
 
- private:
-  // Two chains of additions per activation, for even and for odd columns. 16 bytes, 32 columns, a step: if every group
-  // is a whole number of steps (kWhole), the sums never leave their registers; otherwise the last step is masked.
-  template <int M, bool kWhole>
-  static void linear_row_of(const uint8_t* packed, const float* scales, int64_t count, int64_t group_size,
-                            const float* x, float* result) {
-    const int64_t half_group = group_size / 2, to_odd = count / 2;
-    __m512 even_sum[M], odd_sum[M];
-    for (int i = 0; i < M; ++i) even_sum[i] = odd_sum[i] = _mm512_setzero_ps();
-    for (int64_t start = 0; start < count / 2; start += half_group) {
-      const __m512 table = scaled_levels(*scales++);
-      for (int64_t j = start; j < start + half_group; j += 16) {
-        const __mmask16 lanes = kWhole ? __mmask16{0xffff} : first_lanes(start + half_group - j);
-        const __m512i byte = _mm512_cvtepu8_epi32(load_bytes<kWhole>(lanes, packed + j));
-        const __m512 even = _mm512_permutexvar_ps(byte, table);
-        const __m512 odd = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, nf4::kOddColumnShift), table);
-        for (int i = 0; i < M; ++i) {
-          const float* xi = x + i * count + j;
-          even_sum[i] = add_product<kWhole>(lanes, even, xi, even_sum[i]);
-          odd_sum[i] = add_product<kWhole>(lanes, odd, xi + to_odd, odd_sum[i]);
-        }
-      }
-    }
-    for (int i = 0; i < M; ++i) result[i] = _mm512_reduce_add_ps(_mm512_add_ps(even_sum[i], odd_sum[i]));
+  static void look_up(const uint8_t* packed, __m512 level, __m512& even, __m512& odd) {
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    even = _mm512_permutexvar_ps(byte, level);
+    odd = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, nf4::kOddColumnShift), level);
   }
-
-  template <bool kWhole>
-  static __m128i load_bytes(__mmask16 lanes, const uint8_t* packed) {
-    if constexpr (kWhole) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
-    return _mm_maskz_loadu_epi8(lanes, packed);
+  static void decode(const uint8_t* packed, const OneGroup& levels, __m512& even, __m512& odd) {
+    look_up(packed, levels.level, even, odd);
   }
-
-  template <bool kWhole>
-  static __m512 add_product(__mmask16 lanes, __m512 weights, const float* x, __m512 sum) {
-    if constexpr (kWhole) return _mm512_fmadd_ps(weights, _mm512_loadu_ps(x), sum);
-    return _mm512_mask3_fmadd_ps(weights, _mm512_maskz_loadu_ps(lanes, x), sum, lanes);
+  static void decode(const uint8_t* packed, const TwoGroups& levels, __m512& even, __m512& odd) {
+    look_up(packed, _mm512_loadu_ps(nf4::kCodebook.level), even, odd);
+    even = _mm512_mul_ps(even, levels.scale);
+    odd = _mm512_mul_ps(odd, levels.scale);
   }
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
+  static void store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
+  static Sum multiply_add(__m512 a, __m512 b, Sum sum) { return _mm512_fmadd_ps(a, b, sum); }
+  static Four totals(Sum a, Sum b, Sum c, Sum d) { return avx512::totals(a, b, c, d); }
 };
 
 }  // namespace
 
-constinit const Kernels kAvx512Kernels = kernels_of_path<Avx512Path>();
+constinit const Kernels kAvx512Kernels = kernels_of_path<Avx512Path>(linear_kernels_of<Avx512Floats>());
 
 }  // namespace squish::cpu
 SQUISH_END_TARGET_REGION

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdlib>
 #include <string_view>
+#include <utility>
 
 #include "csrc/cpu/kernels.h"
 
@@ -47,20 +48,31 @@ const Kernels& kernels_of(Isa isa) {
   return kScalarKernels;
 }
 
+const LinearKernels<BFloat16>* linear_bfloat16_of(Isa isa) {
+#if defined(__x86_64__)
+  if (isa >= Isa::kAvx512Bf16) return &kAvx512Bf16Linear;
+#endif
+  (void)isa;
+  return nullptr;
+}
+
+Selection selection_of(Isa isa, std::string error = "") {
+  return {&kernels_of(isa), linear_bfloat16_of(isa), isa, std::move(error)};
+}
+
 Selection select() {
   const Isa best = best_of_this_cpu();
   const char* wanted = std::getenv("SQUISH_NF4_ISA");
-  if (wanted == nullptr || *wanted == '\0') return {&kernels_of(best), best, ""};
+  if (wanted == nullptr || *wanted == '\0') return selection_of(best);
   for (size_t i = 0; i < kNames.size(); ++i) {
     if (std::string_view(wanted) != kNames[i]) continue;
     const auto isa = static_cast<Isa>(i);
-    if (isa <= best) return {&kernels_of(isa), isa, ""};
-    return {&kScalarKernels, Isa::kScalar,
-            std::string("SQUISH_NF4_ISA=") + wanted + " is not supported by this CPU; the best it has is " +
-                isa_name(best)};
+    if (isa <= best) return selection_of(isa);
+    return selection_of(Isa::kScalar, std::string("SQUISH_NF4_ISA=") + wanted +
+                                          " is not supported by this CPU; the best it has is " + isa_name(best));
   }
-  return {&kScalarKernels, Isa::kScalar,
-          std::string("SQUISH_NF4_ISA must be scalar, avx2, avx512 or avx512_bf16, got '") + wanted + "'"};
+  return selection_of(Isa::kScalar,
+                      std::string("SQUISH_NF4_ISA must be scalar, avx2, avx512 or avx512_bf16, got '") + wanted + "'");
 }
 
 }  // namespace

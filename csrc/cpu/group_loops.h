@@ -14,8 +14,6 @@
 
 namespace squish::cpu {
 
-using LinearRowsOf = void (*)(const uint8_t*, const float*, int64_t, int64_t, int64_t, const float*, float*);
-
 // If group_size is odd, every second group starts at an odd column: its first column shares a byte with the last
 // column of the group before it. These two columns are taken one by one, the even stretch between them by the path.
 template <class Path, typename T>
@@ -40,11 +38,13 @@ void encode_groups(const T* w, int64_t columns, int64_t group_size, uint8_t* pac
 }
 
 template <class Path, typename T>
-void decode_groups(const uint8_t* packed, const float* scales, int64_t columns, int64_t group_size, T* out) {
+void decode_columns(const uint8_t* packed, const float* scales, int64_t first, int64_t last, int64_t group_size,
+                    T* out) {
   const float* levels = nf4::kCodebook.level;
-  for (int64_t group = 0, column = 0; column < columns; ++group) {
+  out -= first;
+  for (int64_t group = first / group_size, column = first; column < last; ++group) {
     const float scale = scales[group];
-    const int64_t end = column + group_size;
+    const int64_t end = std::min(last, (group + 1) * group_size);
     if (column % 2 != 0) {
       out[column] = nf4::decode<T>(nf4::odd_index(packed[column / 2]), scale, levels);
       ++column;
@@ -59,42 +59,13 @@ void decode_groups(const uint8_t* packed, const float* scales, int64_t columns, 
   }
 }
 
-// Calls Path::linear_row<M>(packed, scales, count, group_size, x, sums) for each block of `count` columns of each row:
-// activation i has the block's even columns at x + i * count, then the odd ones. It sets the M sums.
-template <class Path, int M>
-void linear_rows_of(const uint8_t* packed, const float* scales, int64_t rows, int64_t columns, int64_t group_size,
-                    const float* x, float* y) {
-  const int64_t block = activation_block(M, columns, group_size);
-  int64_t start = 0;
-  do {  // once even if there are no columns: the sums are then zero
-    const int64_t count = std::min(block, columns - start);
-    for (int64_t r = 0; r < rows; ++r) {
-      float sums[M];
-      Path::template linear_row<M>(packed + (r * columns + start) / 2, scales + (r * columns + start) / group_size,
-                                   count, group_size, x + M * start, sums);
-      for (int i = 0; i < M; ++i) y[r * M + i] = start == 0 ? sums[i] : y[r * M + i] + sums[i];
-    }
-    start += block;
-  } while (start < columns);
-}
-
-// The number of activations becomes a constant, so that their sums live in registers.
 template <class Path>
-void linear_rows(const uint8_t* packed, const float* scales, int64_t rows, int64_t columns, int64_t group_size,
-                 const float* x, int64_t m, float* y) {
-  constexpr LinearRowsOf kOf[kLinearBatch] = {
-      &linear_rows_of<Path, 1>, &linear_rows_of<Path, 2>, &linear_rows_of<Path, 3>, &linear_rows_of<Path, 4>,
-      &linear_rows_of<Path, 5>, &linear_rows_of<Path, 6>, &linear_rows_of<Path, 7>, &linear_rows_of<Path, 8>,
-  };
-  kOf[m - 1](packed, scales, rows, columns, group_size, x, y);
-}
-
-template <class Path>
-constexpr Kernels kernels_of_path() {
+constexpr Kernels kernels_of_path(const LinearKernels<float>& linear) {
   return {
-      &encode_groups<Path, float>,   &encode_groups<Path, double>, &encode_groups<Path, BFloat16>,
-      &encode_groups<Path, Float16>, &decode_groups<Path, float>,  &decode_groups<Path, BFloat16>,
-      &decode_groups<Path, Float16>, &linear_rows<Path>,
+      &encode_groups<Path, float>,    &encode_groups<Path, double>,
+      &encode_groups<Path, BFloat16>, &encode_groups<Path, Float16>,
+      &decode_columns<Path, float>,   &decode_columns<Path, BFloat16>,
+      &decode_columns<Path, Float16>, linear,
   };
 }
 

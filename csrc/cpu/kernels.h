@@ -21,26 +21,72 @@ using nf4::Float16;
 template <typename T>
 using Encode = void (*)(const T* w, int64_t columns, int64_t group_size, uint8_t* packed, float* scales);
 
-// Decodes such a run; the same promises. The float32 product, rounded once more for a 16-bit T.
+// Decodes columns [first, last) of such a run; the same promises, and first and last are even. They need not be those
+// of a group. The float32 product, rounded once more for a 16-bit T. out: last - first values.
 template <typename T>
-using Decode = void (*)(const uint8_t* packed, const float* scales, int64_t columns, int64_t group_size, T* out);
+using Decode = void (*)(const uint8_t* packed, const float* scales, int64_t first, int64_t last, int64_t group_size,
+                        T* out);
 
-// Multiplies `rows` contiguous packed rows with m activations, in float32, without storing a decoded weight:
-//   y[r * m + i] = sum over columns of decoded(r, column) * x[i](column)
-//   x: m * columns floats, laid out by split_columns (csrc/cpu/activations.h).
-// Promised by the caller: group_size even and a divisor of columns, 1 <= m <= kLinearBatch.
-// The order of summation depends on the path, m, columns and group_size, and on nothing else.
-using LinearRows = void (*)(const uint8_t* packed, const float* scales, int64_t rows, int64_t columns,
-                            int64_t group_size, const float* x, int64_t m, float* y);
-inline constexpr int64_t kLinearBatch = 8;
+// --- the linear layer: y = x W^T, W packed ---
+//
+// A kernel reads four runs of rows side by side, one row of each at a time: memory serves four streams that lie apart
+// much faster than one, or than four that are neighbours.
+inline constexpr int kRuns = 4;
 
-// The activations are cut into blocks of columns, so that those of one block stay in the first-level cache while all
-// rows pass; a block is whole groups. One block lies in one piece: m streams that are a row apart would meet in the
-// same few sets of the cache wherever a row is a multiple of a page.
-constexpr int64_t activation_block(int64_t m, int64_t columns, int64_t group_size) {
-  constexpr int64_t kFloats = 8192;
-  return std::min(columns, std::max<int64_t>(1, kFloats / m / group_size) * group_size);
+struct RowRuns {
+  const uint8_t* packed[kRuns];  // each of `rows` contiguous packed rows
+  const float* scales[kRuns];
+  int64_t rows;
+};
+
+// Lays out a block of activations, 1 <= m <= `block` of LinearKernels, as Multiply reads them.
+//   x: m rows of d values, `stride` apart. out: m * columns elements, `columns` being rounded up to whole steps.
+// Columns from d on get zeros: they are the weight's padding.
+template <typename T, typename Element>
+using Pack = void (*)(const T* x, int64_t m, int64_t d, int64_t stride, int64_t columns, Element* out);
+
+// The dot products of all rows of the runs with m activations, accumulated in float32:
+//   sums[(i * rows + row) * kRuns + run] = sum over columns of decoded(run, row, column) * x[i](column)
+//   x: the packed blocks, one after another. scratch: linear_scratch<Element>(m, rows) elements, on 64 bytes.
+// The order of summation depends on the path and on columns, and on nothing else. A decoded weight is rounded to
+// Element; the products of two bfloat16 are exact, but subnormal ones count as zero.
+// Promised by the caller: group_size >= 1, columns a multiple of 2 and of group_size.
+template <typename Element>
+using Multiply = void (*)(const RowRuns& runs, int64_t columns, int64_t group_size, const Element* x, int64_t m,
+                          Element* scratch, float* sums);
+
+// Columns of a row that are decoded at once: four rows and six activations of so many fit the first-level cache.
+template <typename Element>
+inline constexpr int64_t kLinearChunk = 4096 / sizeof(Element);
+
+// Many activations pass over as many decoded rows as the second-level cache holds; few over the first-level cache's.
+constexpr int64_t rows_decoded_at_once(int64_t m, int64_t rows) { return m < 48 ? 1 : std::min<int64_t>(rows, 16); }
+
+template <typename Element>
+constexpr int64_t linear_scratch(int64_t m, int64_t rows) {
+  return (rows_decoded_at_once(m, rows) + 1) * kRuns * kLinearChunk<Element>;
 }
+
+template <typename Element>
+struct Packs;
+template <>
+struct Packs<float> {
+  Pack<float, float> from_float32;
+  Pack<BFloat16, float> from_bfloat16;
+  Pack<Float16, float> from_float16;
+};
+template <>
+struct Packs<BFloat16> {
+  Pack<BFloat16, BFloat16> from_bfloat16;
+};
+
+template <typename Element>
+struct LinearKernels {
+  int64_t step;   // columns
+  int64_t block;  // activations
+  Packs<Element> pack;
+  Multiply<Element> multiply;
+};
 
 struct Kernels {
   Encode<float> encode_float32;
@@ -50,7 +96,7 @@ struct Kernels {
   Decode<float> decode_float32;
   Decode<BFloat16> decode_bfloat16;
   Decode<Float16> decode_float16;
-  LinearRows linear_rows;
+  LinearKernels<float> linear;
 };
 
 template <typename T>
@@ -61,6 +107,13 @@ Encode<T> encode_kernel(const Kernels& kernels) {
   if constexpr (std::is_same_v<T, Float16>) return kernels.encode_float16;
 }
 
+template <typename T, typename Element>
+Pack<T, Element> pack_kernel(const LinearKernels<Element>& kernels) {
+  if constexpr (std::is_same_v<T, float>) return kernels.pack.from_float32;
+  if constexpr (std::is_same_v<T, BFloat16>) return kernels.pack.from_bfloat16;
+  if constexpr (std::is_same_v<T, Float16>) return kernels.pack.from_float16;
+}
+
 template <typename T>
 Decode<T> decode_kernel(const Kernels& kernels) {
   if constexpr (std::is_same_v<T, float>) return kernels.decode_float32;
@@ -69,14 +122,16 @@ Decode<T> decode_kernel(const Kernels& kernels) {
 }
 
 extern const Kernels kScalarKernels;
-extern const Kernels kAvx2Kernels;    // x86-64 only
-extern const Kernels kAvx512Kernels;  // x86-64 only
+extern const Kernels kAvx2Kernels;                       // x86-64 only
+extern const Kernels kAvx512Kernels;                     // x86-64 only
+extern const LinearKernels<BFloat16> kAvx512Bf16Linear;  // x86-64 only
 
 // Ascending: a path runs on a CPU that has everything the ones before it need.
 enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
 struct Selection {
-  const Kernels* kernels;  // never null
+  const Kernels* kernels;                          // never null
+  const LinearKernels<BFloat16>* linear_bfloat16;  // null where the processor does not multiply bfloat16
   Isa isa;
   std::string error;  // not empty: SQUISH_NF4_ISA names something unknown or missing, and nothing may be computed
 };

@@ -1,6 +1,7 @@
 // The plain path: runs anywhere, and is what the other paths must equal bit for bit.
 #include "csrc/cpu/group_loops.h"
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/linear_loops.h"
 
 namespace squish::cpu {
 namespace {
@@ -20,32 +21,64 @@ struct ScalarPath {
   static void decode_pairs(const uint8_t* packed, int64_t count, float scale, T* out) {
     nf4::decode_pairs(packed, count, scale, nf4::kCodebook.level, out);
   }
+};
 
-  // Eight partial sums: one running float32 sum over thousands of columns would lose digits.
-  template <int M>
-  static void linear_row(const uint8_t* packed, const float* scales, int64_t count, int64_t group_size, const float* x,
-                         float* result) {
-    constexpr int kPartials = 8;
-    const int64_t half_group = group_size / 2;
-    float sums[M][kPartials] = {};
-    for (int64_t j = 0; j < count / 2; ++j) {
-      const float scale = scales[j / half_group];
-      const float even = nf4::decode<float>(nf4::even_index(packed[j]), scale, nf4::kCodebook.level);
-      const float odd = nf4::decode<float>(nf4::odd_index(packed[j]), scale, nf4::kCodebook.level);
-      for (int i = 0; i < M; ++i) {
-        const float* xi = x + i * count + j;
-        sums[i][j % kPartials] += even * xi[0] + odd * xi[count / 2];
+// Eight lanes in plain C++: one running float32 sum over thousands of columns would lose digits.
+struct ScalarFloats {
+  using Path = ScalarPath;
+  using Element = float;
+  static constexpr int64_t kLanes = 8;
+  static constexpr int kBlock = 2, kFew = 1;
+  struct Operand {
+    float lane[kLanes];
+  };
+  using Sum = Operand;
+  struct TwoGroups {
+    float level[2][nf4::kLevelCount];  // of the first and of the second half of the lanes
+    TwoGroups() = default;
+    TwoGroups(float first, float second) {
+      for (int k = 0; k < nf4::kLevelCount; ++k) {
+        level[0][k] = nf4::kCodebook.level[k] * first;
+        level[1][k] = nf4::kCodebook.level[k] * second;
       }
     }
-    for (int i = 0; i < M; ++i) {
-      const float* s = sums[i];
-      result[i] = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  };
+  struct OneGroup : TwoGroups {
+    OneGroup() = default;
+    explicit OneGroup(float scale) : TwoGroups(scale, scale) {}
+  };
+
+  static Sum zero() { return {}; }
+  static void decode(const uint8_t* packed, const TwoGroups& levels, Operand& even, Operand& odd) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const float* level = levels.level[lane / (kLanes / 2)];
+      even.lane[lane] = level[nf4::even_index(packed[lane])];
+      odd.lane[lane] = level[nf4::odd_index(packed[lane])];
     }
+  }
+  static Operand load(const float* x) {
+    Operand loaded;
+    for (int64_t lane = 0; lane < kLanes; ++lane) loaded.lane[lane] = x[lane];
+    return loaded;
+  }
+  static void store(float* to, const Operand& x) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = x.lane[lane];
+  }
+  static Sum multiply_add(const Operand& a, const Operand& b, Sum sum) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum.lane[lane] += a.lane[lane] * b.lane[lane];
+    return sum;
+  }
+  static float total(const Sum& sum) {
+    const float* s = sum.lane;
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  }
+  static Four totals(const Sum& a, const Sum& b, const Sum& c, const Sum& d) {
+    return Four{total(a), total(b), total(c), total(d)};
   }
 };
 
 }  // namespace
 
-constinit const Kernels kScalarKernels = kernels_of_path<ScalarPath>();
+constinit const Kernels kScalarKernels = kernels_of_path<ScalarPath>(linear_kernels_of<ScalarFloats>());
 
 }  // namespace squish::cpu

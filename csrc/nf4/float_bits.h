@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #include "csrc/nf4/codebook.h"
 
@@ -77,6 +78,16 @@ SQUISH_HOST_DEVICE inline BFloat16 from_float<BFloat16>(float x) {
 template <>
 SQUISH_HOST_DEVICE inline Float16 from_float<Float16>(float x) {
   return to_float16(x);
+}
+
+// From one type to another; float32 in between holds each of them exactly.
+template <typename To, typename From>
+SQUISH_HOST_DEVICE inline To convert(From x) {
+  if constexpr (std::is_same_v<To, From>) {
+    return x;
+  } else {
+    return from_float<To>(to_float(x));
+  }
 }
 
 }  // namespace squish::nf4

@@ -44,7 +44,7 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& scales, int64_t group_
   check_dequantize(packed, scales, group_size, dtype);
   const cpu::Kernels& kernels = *selected().kernels;
   Tensor out = at::empty({packed.size(0), packed.size(1) * 2}, packed.options().dtype(dtype.value_or(at::kFloat)));
-  decode_rows(kernels, packed.contiguous(), scales.contiguous(), group_size, 0, out);
+  decode_matrix(kernels, packed.contiguous(), scales.contiguous(), group_size, out);
   return out;
 }
 
@@ -53,7 +53,7 @@ Tensor& dequantize_nf4_out(const Tensor& packed, const Tensor& scales, int64_t g
   check_dequantize_out(packed, scales, group_size, out);
   at::assert_no_overlap(out, packed);
   at::assert_no_overlap(out, scales);
-  decode_rows(*selected().kernels, packed.contiguous(), scales.contiguous(), group_size, 0, out);
+  decode_matrix(*selected().kernels, packed.contiguous(), scales.contiguous(), group_size, out);
   return out;
 }
 

@@ -1,12 +1,13 @@
-// linear_nf4 and its gradient on the CPU. Few activations: our fused kernel reads the packed bytes and stores no
-// weight. Many: tiles of the weight are decoded into a small scratch, and ATen multiplies.
+// linear_nf4 and its gradient on the CPU. The layer is our own kernels at every size: they read the packed bytes, and a
+// decoded weight lives in registers or in a few hundred kilobytes of scratch.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
-#include "csrc/cpu/activations.h"
+#include "csrc/cpu/linear.h"
 #include "csrc/ops/checks.h"
 #include "csrc/ops/cpu_rows.h"
 #include "csrc/ops/weight_tiles.h"
@@ -14,68 +15,57 @@
 namespace squish::ops {
 namespace {
 
-// Up to this many activations the fused kernel is faster than decoding tiles for ATen, by benchmarks/linear.py. The
-// order of summation changes there, so docs/numerics.md states them.
-constexpr int64_t kFusedActivations = 64;
-constexpr int64_t kFusedActivationsBFloat16 = 6;         // where the processor multiplies bfloat16 itself
-constexpr int64_t kTileBytes = int64_t{4} << 20;         // decoded weight in scratch
-constexpr int64_t kActivationBytes = int64_t{16} << 20;  // float32 copies of 16-bit activations in scratch
+constexpr int64_t kActivationBytes = int64_t{8} << 20;  // packed activations in scratch
+constexpr int64_t kTileBytes = int64_t{4} << 20;        // decoded weight in scratch, for the gradient
+constexpr int64_t kMultipliesPerThread = 16384;         // below this a second thread costs more than it saves
 
-// A packed weight and one call's sizes. x: (m, d). The weight: (n, columns), columns >= d.
-struct Problem {
-  const Tensor packed, scales;
-  int64_t group_size, m, n, d, columns;
-  const cpu::Selection& path;
-};
-
-Tensor as_float32(const std::optional<Tensor>& bias) { return bias ? bias->contiguous().to(at::kFloat) : Tensor(); }
-
-void fused_linear(const Problem& p, const Tensor& x, const Tensor& bias, const Tensor& y) {
-  constexpr int64_t kRowsAtOnce = 32;  // they stay in the first-level cache while the activations pass
-  const Tensor split = at::empty({p.m, p.columns}, x.options().dtype(at::kFloat));
-  float* activations = split.mutable_data_ptr<float>();
-  const uint8_t* packed = p.packed.const_data_ptr<uint8_t>();
-  const float* scales = p.scales.const_data_ptr<float>();
-  const float* bias_values = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
-  with_storage_type(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    {
+// y = x W^T + bias, by the kernels of one type of product. x: (m, d), its columns neighbours. y: (m, n), contiguous.
+template <typename Element, typename T>
+void multiply(const cpu::LinearKernels<Element>& kernels, const Tensor& x, const Tensor& packed, const Tensor& scales,
+              const float* bias, int64_t group_size, const Tensor& y) {
+  const int64_t m = x.size(0), d = x.size(1), n = packed.size(0), columns = packed.size(1) * 2;
+  const int64_t padded = cpu::padded_columns(kernels, columns);
+  const int64_t bytes = std::max<int64_t>(padded, 1) * int64_t{sizeof(Element)};
+  const int64_t stretch = std::max<int64_t>(1, kActivationBytes / bytes / kernels.block) * kernels.block;
+  const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(std::min(m, stretch) * bytes);
+  Element* activations = static_cast<Element*>(scratch.get());
+  const T* values = static_cast<const T*>(x.const_data_ptr());
+  T* out = static_cast<T*>(y.mutable_data_ptr());
+  for (int64_t first = 0; first < m; first += stretch) {
+    const int64_t count = std::min(stretch, m - first), blocks = (count + kernels.block - 1) / kernels.block;
+    const int64_t work = std::max<int64_t>(1, std::min(count, kernels.block) * padded);
+    parallel_for(0, blocks, std::max<int64_t>(1, kMultipliesPerThread / work), [&](int64_t begin, int64_t end) {
       const cpu::DefaultFloatEnvironment environment;
-      const T* values = static_cast<const T*>(x.const_data_ptr());
-      for (int64_t i = 0; i < p.m; i += cpu::kLinearBatch)
-        cpu::split_columns(values + i * x.stride(0), std::min(cpu::kLinearBatch, p.m - i), p.d, x.stride(0), p.columns,
-                           p.group_size, activations + i * p.columns);
-    }
-    T* out = static_cast<T*>(y.mutable_data_ptr());
-    const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(p.columns, 1));
-    parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) {
-      const cpu::DefaultFloatEnvironment environment;
-      float sums[kRowsAtOnce * cpu::kLinearBatch];
-      for (int64_t row = begin; row < end; row += kRowsAtOnce) {
-        const int64_t rows = std::min(kRowsAtOnce, end - row);
-        for (int64_t i = 0; i < p.m; i += cpu::kLinearBatch) {
-          const int64_t batch = std::min(cpu::kLinearBatch, p.m - i);
-          p.path.kernels->linear_rows(packed + row * (p.columns / 2), scales + row * (p.columns / p.group_size), rows,
-                                      p.columns, p.group_size, activations + i * p.columns, batch, sums);
-          cpu::add_bias(sums, bias_values == nullptr ? nullptr : bias_values + row, rows, batch, p.n,
-                        out + i * p.n + row);
-        }
-      }
+      cpu::pack_activations(kernels, values + first * x.stride(0), count, d, x.stride(0), columns, begin, end,
+                            activations);
     });
-  });
+    const cpu::LinearTask<Element, T> task{kernels,
+                                           packed.const_data_ptr<uint8_t>(),
+                                           scales.const_data_ptr<float>(),
+                                           columns,
+                                           group_size,
+                                           activations,
+                                           count,
+                                           bias,
+                                           out + first * n,
+                                           n};
+    parallel_for(0, n, std::max<int64_t>(1, kMultipliesPerThread / std::max<int64_t>(columns, 1)),
+                 [&](int64_t begin, int64_t end) {
+                   const cpu::DefaultFloatEnvironment environment;
+                   const at::DataPtr own = c10::GetCPUAllocator()->allocate(cpu::linear_scratch_bytes<Element>(count));
+                   cpu::linear_rows(task, begin, end, own.get());
+                 });
+  }
 }
 
-template <typename Use>
-void for_each_tile(const Problem& p, at::ScalarType dtype, const Use& use) {
+// The same in bfloat16 by ATen, tile by tile: oneDNN has AMX, and is ahead by a little for very many activations.
+void multiply_by_aten(const cpu::Kernels& kernels, const Tensor& x, const Tensor& packed, const Tensor& scales,
+                      const std::optional<Tensor>& bias, int64_t group_size, const Tensor& y) {
   const auto decode = [&](int64_t row, const Tensor& tile) {
-    decode_rows(*p.path.kernels, p.packed, p.scales, p.group_size, row, tile);
+    const Tensor bytes = packed.narrow(0, row, tile.size(0)), scale = scales.narrow(0, row, tile.size(0));
+    decode_matrix(kernels, bytes, scale, group_size, tile);
   };
-  ops::for_each_tile(p.packed, p.d, dtype, kTileBytes, decode, use);
-}
-
-// y = x W^T + bias, where x, W and the bias have one dtype in which ATen accumulates in float32 and rounds once.
-void tiled_linear(const Problem& p, const Tensor& x, const std::optional<Tensor>& bias, const Tensor& y) {
-  for_each_tile(p, x.scalar_type(), [&](int64_t row, const Tensor& tile) {
+  for_each_tile(packed, x.size(1), x.scalar_type(), kTileBytes, decode, [&](int64_t row, const Tensor& tile) {
     Tensor part = y.narrow(1, row, tile.size(0));
     if (bias) {
       at::addmm_out(part, bias->narrow(0, row, tile.size(0)), x, tile.t());
@@ -85,11 +75,9 @@ void tiled_linear(const Problem& p, const Tensor& x, const std::optional<Tensor>
   });
 }
 
-// bfloat16 that the processor multiplies itself; elsewhere, and for a bias that bfloat16 cannot hold, float32 is used.
-bool multiplies_in_own_dtype(const Problem& p, const Tensor& x, const std::optional<Tensor>& bias) {
-  if (x.scalar_type() == at::kFloat) return true;
-  return x.scalar_type() == at::kBFloat16 && p.path.isa >= cpu::Isa::kAvx512Bf16 &&
-         (!bias || bias->scalar_type() == at::kBFloat16);
+bool aten_is_faster(int64_t m) {
+  static const int64_t least = std::getenv("SQ_ATEN") ? atoi(std::getenv("SQ_ATEN")) : 512;
+  return m >= least;
 }
 
 Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
@@ -99,29 +87,43 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   const int64_t n = packed.size(0), d = x.size(-1);
   Tensor result = at::empty(C10_AS_INTARRAYREF_SLOW(with_last_dim(x, n)), x.options());
   if (result.numel() == 0) return result;
-  const Problem p{packed.contiguous(), scales.contiguous(), group_size, result.numel() / n, n, d,
-                  packed.size(1) * 2,  selected()};
-  const Tensor rows = x.reshape({p.m, d});
-  const Tensor y = result.view({p.m, n});
-  const bool own_dtype = multiplies_in_own_dtype(p, x, bias);
-  const bool own_bfloat16 = own_dtype && x.scalar_type() == at::kBFloat16;
-  if (p.m <= (own_bfloat16 ? kFusedActivationsBFloat16 : kFusedActivations) && group_size % 2 == 0) {
-    fused_linear(p, rows.stride(1) == 1 ? rows : rows.contiguous(), as_float32(bias), y);
-  } else if (own_dtype) {
-    tiled_linear(p, rows, bias ? std::optional(bias->to(x.scalar_type())) : std::nullopt, y);
-  } else {
-    const Tensor bias32 = as_float32(bias);
-    for_each_stretch_of_activations(p.m, d + n, kActivationBytes, [&](int64_t first, int64_t count) {
-      const Tensor x32 = rows.narrow(0, first, count).to(at::kFloat);
-      const Tensor y32 = at::empty({count, n}, x32.options());
-      tiled_linear(p, x32, bias ? std::optional(bias32) : std::nullopt, y32);
-      y.narrow(0, first, count).copy_(y32);
-    });
-  }
+  const cpu::Selection& path = selected();
+  const int64_t m = result.numel() / n;
+  const Tensor rows = x.reshape({m, d}), y = result.view({m, n});
+  const Tensor activations = rows.stride(1) == 1 ? rows : rows.contiguous();
+  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  const Tensor bias32 = bias ? bias->contiguous().to(at::kFloat) : Tensor();
+  const float* bias_values = bias ? bias32.const_data_ptr<float>() : nullptr;
+  with_storage_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (std::is_same_v<T, nf4::BFloat16>) {
+      if (path.linear_bfloat16 != nullptr) {
+        if (aten_is_faster(m)) return multiply_by_aten(*path.kernels, activations, bytes, scale, bias, group_size, y);
+        return multiply<nf4::BFloat16, T>(*path.linear_bfloat16, activations, bytes, scale, bias_values, group_size, y);
+      }
+    }
+    multiply<float, T>(path.kernels->linear, activations, bytes, scale, bias_values, group_size, y);
+  });
   return result;
 }
 
-// dx = dy W, accumulated in float32 over the tiles and rounded once.
+// dx = dy W by tiles of W's columns, which ATen multiplies: each sum is accumulated in float32 and rounded once.
+void multiply_by_tiles(const cpu::Kernels& kernels, const Tensor& dy, const Tensor& packed, const Tensor& scales,
+                       int64_t group_size, const Tensor& dx) {
+  const int64_t n = packed.size(0), columns = packed.size(1) * 2, d = dx.size(1);
+  const int64_t bytes = n * int64_t{2} * static_cast<int64_t>(dy.element_size());  // of two columns
+  const int64_t width = std::clamp<int64_t>(kTileBytes / bytes, 1, columns / 2) * 2;
+  const Tensor scratch = at::empty({n * width}, dy.options());
+  for (int64_t first = 0; first < d; first += width) {
+    const int64_t count = std::min(width, columns - first);
+    const Tensor tile = scratch.narrow(0, 0, n * count).view({n, count});
+    decode_column_tile(kernels, packed, scales, group_size, first, tile);
+    const int64_t wanted = std::min(count, d - first);  // without the padding
+    Tensor part = dx.narrow(1, first, wanted);
+    at::mm_out(part, dy, tile.narrow(1, 0, wanted));
+  }
+}
+
 Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& scales, int64_t group_size, int64_t d) {
   at::AutoDispatchBelowADInplaceOrView below;
   check_linear_grad_x(dy, packed, scales, group_size, d);
@@ -130,16 +132,19 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
   if (n == 0) return at::zeros(C10_AS_INTARRAYREF_SLOW(shape), dy.options());
   Tensor result = at::empty(C10_AS_INTARRAYREF_SLOW(shape), dy.options());
   if (result.numel() == 0) return result;
-  const Problem p{packed.contiguous(), scales.contiguous(), group_size, dy.numel() / n, n, d,
-                  packed.size(1) * 2,  selected()};
-  const Tensor rows = dy.reshape({p.m, n});
-  const Tensor dx = result.view({p.m, d});
-  for_each_stretch_of_activations(p.m, d + n, kActivationBytes, [&](int64_t first, int64_t count) {
+  const cpu::Selection& path = selected();
+  const int64_t m = dy.numel() / n;
+  const Tensor rows = dy.reshape({m, n}), dx = result.view({m, d});
+  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  if (dy.scalar_type() == at::kFloat || (dy.scalar_type() == at::kBFloat16 && path.linear_bfloat16 != nullptr)) {
+    multiply_by_tiles(*path.kernels, rows, bytes, scale, group_size, dx);
+    return result;
+  }
+  for_each_stretch_of_activations(m, d + n, kActivationBytes, [&](int64_t first, int64_t count) {
     const Tensor dy32 = rows.narrow(0, first, count).to(at::kFloat);
-    Tensor sum = at::zeros({count, d}, dy32.options());
-    for_each_tile(p, at::kFloat,
-                  [&](int64_t row, const Tensor& tile) { sum.addmm_(dy32.narrow(1, row, tile.size(0)), tile); });
-    dx.narrow(0, first, count).copy_(sum);
+    const Tensor dx32 = at::empty({count, d}, dy32.options());
+    multiply_by_tiles(*path.kernels, dy32, bytes, scale, group_size, dx32);
+    dx.narrow(0, first, count).copy_(dx32);
   });
   return result;
 }

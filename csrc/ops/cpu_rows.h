@@ -41,17 +41,35 @@ void for_each_stretch(int64_t n, int64_t d, int64_t group_size, bool contiguous,
   });
 }
 
-// Decodes rows [first, first + out.size(0)) of a contiguous packed matrix into `out`, contiguous.
-inline void decode_rows(const cpu::Kernels& kernels, const Tensor& packed, const Tensor& scales, int64_t group_size,
-                        int64_t first, const Tensor& out) {
-  const int64_t columns = packed.size(1) * 2;
-  const uint8_t* bytes = packed.const_data_ptr<uint8_t>() + first * (columns / 2);
-  const float* scale = scales.const_data_ptr<float>() + first * (columns / group_size);
+// Decodes a contiguous packed matrix into `out`, contiguous.
+inline void decode_matrix(const cpu::Kernels& kernels, const Tensor& packed, const Tensor& scales, int64_t group_size,
+                          const Tensor& out) {
+  const uint8_t* bytes = packed.const_data_ptr<uint8_t>();
+  const float* scale = scales.const_data_ptr<float>();
   with_storage_type(out.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     T* values = static_cast<T*>(out.mutable_data_ptr());
-    for_each_stretch(out.size(0), columns, group_size, /*contiguous=*/true, [&](int64_t at, int64_t count) {
-      cpu::decode_kernel<T>(kernels)(bytes + at / 2, scale + at / group_size, count, group_size, values + at);
+    for_each_stretch(out.size(0), out.size(1), group_size, /*contiguous=*/true, [&](int64_t at, int64_t count) {
+      cpu::decode_kernel<T>(kernels)(bytes + at / 2, scale + at / group_size, 0, count, group_size, values + at);
+    });
+  });
+}
+
+// Decodes columns [first, first + tile.size(1)) of all rows into `tile`, contiguous; both numbers are even.
+inline void decode_column_tile(const cpu::Kernels& kernels, const Tensor& packed, const Tensor& scales,
+                               int64_t group_size, int64_t first, const Tensor& tile) {
+  constexpr int64_t kColumnsPerThread = 32768;
+  const int64_t row_bytes = packed.size(1), groups = scales.size(1), count = tile.size(1);
+  const uint8_t* bytes = packed.const_data_ptr<uint8_t>();
+  const float* scale = scales.const_data_ptr<float>();
+  with_storage_type(tile.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    T* values = static_cast<T*>(tile.mutable_data_ptr());
+    const auto decode = cpu::decode_kernel<T>(kernels);
+    parallel_for(0, tile.size(0), std::max<int64_t>(1, kColumnsPerThread / count), [&](int64_t begin, int64_t end) {
+      const cpu::DefaultFloatEnvironment environment;
+      for (int64_t row = begin; row < end; ++row)
+        decode(bytes + row * row_bytes, scale + row * groups, first, first + count, group_size, values + row * count);
     });
   });
 }

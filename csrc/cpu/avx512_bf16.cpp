@@ -1,0 +1,90 @@
+// The linear layer in bfloat16 where the processor multiplies it (AVX512_BF16): two products and their sum in one
+// instruction, added to a float32. 64 columns a step. Everything else of the avx512_bf16 path is avx512.cpp's.
+#if defined(__x86_64__)
+
+#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/target_region.h"
+#include "csrc/nf4/codec.h"
+
+SQUISH_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#include "csrc/cpu/avx512.h"
+#include "csrc/cpu/linear_loops.h"
+
+namespace squish::cpu {
+namespace {
+
+static_assert(nf4::kEvenColumnShift == 0 && nf4::kOddColumnShift == 4, "the shifts below assume this nibble order");
+
+// Decodes what no register of levels fits: groups of an odd size, or of a few columns.
+struct PlainDecoder {
+  template <typename T>
+  static void decode_pairs(const uint8_t* packed, int64_t count, float scale, T* out) {
+    nf4::decode_pairs(packed, count, scale, nf4::kCodebook.level, out);
+  }
+};
+
+// The sixteen levels times the scale, rounded to nearest even. Subnormal ones become zero, as in any product of this
+// instruction set.
+inline __m256i scaled_levels(float scale) {
+  const __m512 product = _mm512_mul_ps(_mm512_loadu_ps(nf4::kCodebook.level), _mm512_set1_ps(scale));
+  return (__m256i)_mm512_cvtneps_pbh(product);
+}
+
+struct Avx512BFloats {
+  using Path = PlainDecoder;
+  using Element = BFloat16;
+  using Operand = __m512i;
+  using Sum = __m512;
+  static constexpr int64_t kLanes = 32;
+  static constexpr int kBlock = 6, kFew = 4;
+  // vpermw looks up the low five bits of a lane: one table twice, or two tables and a bit that chooses.
+  struct OneGroup {
+    __m512i level;
+    OneGroup() = default;
+    explicit OneGroup(float scale) : level(_mm512_broadcast_i64x4(scaled_levels(scale))) {}
+  };
+  struct TwoGroups {
+    __m512i level;
+    TwoGroups() = default;
+    TwoGroups(float first, float second)
+        : level(_mm512_inserti64x4(_mm512_castsi256_si512(scaled_levels(first)), scaled_levels(second), 1)) {}
+  };
+
+  static __m512i load_bytes(const uint8_t* packed) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+  }
+  static void decode(const uint8_t* packed, const OneGroup& levels, __m512i& even, __m512i& odd) {
+    const __m512i byte = load_bytes(packed);
+    even = _mm512_permutexvar_epi16(byte, levels.level);
+    odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, nf4::kOddColumnShift), levels.level);
+  }
+  static void decode(const uint8_t* packed, const TwoGroups& levels, __m512i& even, __m512i& odd) {
+    const __m512i byte = load_bytes(packed);
+    even = _mm512_permutexvar_epi16(choose_table(byte), levels.level);
+    odd = _mm512_permutexvar_epi16(choose_table(_mm512_srli_epi16(byte, nf4::kOddColumnShift)), levels.level);
+  }
+  static __m512i choose_table(__m512i index) {
+    const __m512i nibble = _mm512_set1_epi16(nf4::kNibbleMask);
+    const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(nf4::kLevelCount), 1);
+    return _mm512_ternarylogic_epi32(index, nibble, second, 0xea);  // (index & nibble) | second
+  }
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static __m512i load(const BFloat16* x) { return _mm512_loadu_si512(x); }
+  static void store(BFloat16* to, __m512i x) { _mm512_storeu_si512(to, x); }
+  static Sum multiply_add(__m512i a, __m512i b, Sum sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+  static Four totals(Sum a, Sum b, Sum c, Sum d) { return avx512::totals(a, b, c, d); }
+};
+
+}  // namespace
+
+constinit const LinearKernels<BFloat16> kAvx512Bf16Linear = {
+    2 * Avx512BFloats::kLanes,
+    Avx512BFloats::kBlock,
+    {&pack_rows<Avx512BFloats, BFloat16>},
+    &multiply_rows<Avx512BFloats>,
+};
+
+}  // namespace squish::cpu
+SQUISH_END_TARGET_REGION
+
+#endif

@@ -1,0 +1,230 @@
+// The linear layer's product, as all CPU paths share it. A path brings a type `V` in an anonymous namespace:
+//   Path, Element                              the path's decoder; what is multiplied: float or BFloat16
+//   Operand, Sum, kLanes                       a register of kLanes Elements, and one of float32 sums
+//   kBlock, kFew                               activations that fit the registers beside four rows; with decoding too
+//   OneGroup(scale), TwoGroups(scale, scale)   what a step decodes to: of one group, or of one in each half of the
+//   lanes decode(packed, levels, even, odd)          kLanes bytes: their even and their odd columns zero(),
+//   load(Element*), store(Element*, Operand), multiply_add(Operand, Operand, Sum) store_totals(Sum a, b, c, d, float*
+//   out)   the total of each
+// Both factors are laid out alike, in half steps: a step is 2 * kLanes columns, its first half the even ones and its
+// second the odd ones, as a byte holds them. Each half step holds kLanes elements of every row, one row after another.
+//
+// Included inside a path's target region, like group_loops.h.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "csrc/cpu/group_loops.h"
+#include "csrc/cpu/kernels.h"
+
+namespace squish::cpu {
+
+// Half steps of m rows: out[(half * m + row) * kLanes + lane]. Columns from d on are zero.
+template <class V, typename T>
+void pack_rows(const T* x, int64_t m, int64_t d, int64_t stride, int64_t columns, typename V::Element* out) {
+  constexpr int64_t kStep = 2 * V::kLanes;
+  for (int64_t start = 0; start < columns; start += kStep, out += m * kStep)
+    for (int64_t row = 0; row < m; ++row) {
+      const T* from = x + row * stride + start;
+      typename V::Element* even = out + row * V::kLanes;
+      typename V::Element* odd = even + m * V::kLanes;
+      if (start + kStep <= d) {
+        for (int64_t lane = 0; lane < V::kLanes; ++lane) {
+          even[lane] = nf4::convert<typename V::Element>(from[2 * lane]);
+          odd[lane] = nf4::convert<typename V::Element>(from[2 * lane + 1]);
+        }
+      } else {
+        const int64_t left = d - start;
+        for (int64_t lane = 0; lane < V::kLanes; ++lane) {
+          even[lane] = 2 * lane < left ? nf4::convert<typename V::Element>(from[2 * lane]) : typename V::Element{};
+          odd[lane] =
+              2 * lane + 1 < left ? nf4::convert<typename V::Element>(from[2 * lane + 1]) : typename V::Element{};
+        }
+      }
+    }
+}
+
+// A float32 for each run, in a register.
+typedef float Four __attribute__((vector_size(kRuns * sizeof(float))));
+
+inline Four load_four(const float* from) {
+  Four loaded;
+  std::memcpy(&loaded, from, sizeof loaded);
+  return loaded;
+}
+inline void store_four(float* to, Four x) { std::memcpy(to, &x, sizeof x); }
+
+// One row of each run.
+struct RowOfEachRun {
+  const uint8_t* packed[kRuns];
+  const float* scales[kRuns];
+};
+
+inline RowOfEachRun row_of_each_run(const RowRuns& runs, int64_t row, int64_t columns, int64_t group_size) {
+  RowOfEachRun rows;
+  for (int run = 0; run < kRuns; ++run) {
+    rows.packed[run] = runs.packed[run] + row * (columns / 2);
+    rows.scales[run] = runs.scales[run] + row * (columns / group_size);
+  }
+  return rows;
+}
+
+// Calls use(run, levels, column) for every step of columns [first, last): runs innermost, so that four streams of
+// memory are read side by side. Levels: V::OneGroup if a group is whole steps, V::TwoGroups if it is half a step.
+template <class V, class Levels, typename Use>
+inline void for_each_step(const RowOfEachRun& rows, int64_t first, int64_t last, int64_t group_size, const Use& use) {
+  constexpr int64_t kStep = 2 * V::kLanes;
+  constexpr bool kTwo = std::is_same_v<Levels, typename V::TwoGroups>;
+  const int64_t stretch = kTwo ? kStep : group_size;
+  int64_t group = first / stretch, stop = (group + 1) * stretch;
+  for (int64_t column = first; column < last; stop += stretch, ++group) {
+    Levels levels[kRuns];
+    for (int run = 0; run < kRuns; ++run) {
+      if constexpr (kTwo) {
+        levels[run] = Levels(rows.scales[run][2 * group], rows.scales[run][2 * group + 1]);
+      } else {
+        levels[run] = Levels(rows.scales[run][group]);
+      }
+    }
+    for (const int64_t end = std::min(stop, last); column < end; column += kStep)
+      for (int run = 0; run < kRuns; ++run) use(run, levels[run], column);
+  }
+}
+
+// Calls f(levels of the fitting type) if every step is decoded by one set of levels. If not, returns false: the columns
+// have to be decoded group by group.
+template <class V, typename F>
+inline bool with_levels(int64_t columns, int64_t group_size, const F& f) {
+  constexpr int64_t kStep = 2 * V::kLanes;
+  if (columns % kStep != 0) return false;
+  if (group_size % kStep == 0) {
+    f(typename V::OneGroup{});
+    return true;
+  }
+  if (group_size != V::kLanes) return false;
+  f(typename V::TwoGroups{});
+  return true;
+}
+
+// Few activations: every decoded register is multiplied with all of them at once, and never stored.
+template <class V, class Levels, int M>
+void multiply_few(const RowOfEachRun& rows, int64_t columns, int64_t group_size, const typename V::Element* x,
+                  int64_t stride, float* sums) {
+  typename V::Sum sum[M][kRuns];
+  for (int i = 0; i < M; ++i)
+    for (int run = 0; run < kRuns; ++run) sum[i][run] = V::zero();
+  const auto use = [&](int run, const Levels& levels, int64_t column) __attribute__((always_inline)) {
+    typename V::Operand even, odd;
+    V::decode(rows.packed[run] + column / 2, levels, even, odd);
+    const typename V::Element* xi = x + column * M;
+    for (int i = 0; i < M; ++i, xi += V::kLanes) {
+      sum[i][run] = V::multiply_add(even, V::load(xi), sum[i][run]);
+      sum[i][run] = V::multiply_add(odd, V::load(xi + M * V::kLanes), sum[i][run]);
+    }
+  };
+  for_each_step<V, Levels>(rows, 0, columns, group_size, use);
+  for (int i = 0; i < M; ++i) store_four(sums + i * stride, V::totals(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
+}
+
+// Decodes columns [first, last) of four rows into half steps. plain: kRuns * kLinearChunk elements of scratch.
+template <class V>
+void decode_rows(const RowOfEachRun& rows, int64_t first, int64_t last, int64_t columns, int64_t group_size,
+                 typename V::Element* plain, typename V::Element* out) {
+  const bool done = with_levels<V>(columns, group_size, [&](auto levels_type) {
+    using Levels = decltype(levels_type);
+    const auto use = [&](int run, const Levels& levels, int64_t column) __attribute__((always_inline)) {
+      typename V::Operand even, odd;
+      V::decode(rows.packed[run] + column / 2, levels, even, odd);
+      typename V::Element* to = out + (column - first) * kRuns + run * V::kLanes;
+      V::store(to, even);
+      V::store(to + kRuns * V::kLanes, odd);
+    };
+    for_each_step<V, Levels>(rows, first, last, group_size, use);
+  });
+  if (done) return;
+  constexpr int64_t kStride = kLinearChunk<typename V::Element>;
+  const int64_t count = std::min(last, columns) - first;
+  for (int run = 0; run < kRuns; ++run)
+    decode_columns<typename V::Path>(rows.packed[run], rows.scales[run], first, first + count, group_size,
+                                     plain + run * kStride);
+  pack_rows<V>(plain, kRuns, count, kStride, last - first, out);
+}
+
+// Four decoded rows times M activations, `half_steps` of them. sums[i * stride + run]: set, or added to.
+template <class V, int M>
+void multiply_block(const typename V::Element* w, const typename V::Element* x, int64_t half_steps, bool add,
+                    int64_t stride, float* sums) {
+  typename V::Sum sum[M][kRuns];
+  for (int i = 0; i < M; ++i)
+    for (int run = 0; run < kRuns; ++run) sum[i][run] = V::zero();
+  for (int64_t half = 0; half < half_steps; ++half, w += kRuns * V::kLanes, x += M * V::kLanes) {
+    typename V::Operand row[kRuns];
+    for (int run = 0; run < kRuns; ++run) row[run] = V::load(w + run * V::kLanes);
+    for (int i = 0; i < M; ++i) {
+      const typename V::Operand xi = V::load(x + i * V::kLanes);
+      for (int run = 0; run < kRuns; ++run) sum[i][run] = V::multiply_add(row[run], xi, sum[i][run]);
+    }
+  }
+  for (int i = 0; i < M; ++i) {
+    Four total = V::totals(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+    if (add) total += load_four(sums + i * stride);
+    store_four(sums + i * stride, total);
+  }
+}
+
+// Calls f(std::integral_constant<int, m>) for 1 <= m <= Most: the number of activations becomes a constant, so that
+// their sums live in registers.
+template <int Most, typename F>
+void with_constant(int64_t m, const F& f) {
+  if constexpr (Most > 1)
+    if (m < Most) return with_constant<Most - 1>(m, f);
+  f(std::integral_constant<int, Most>{});
+}
+
+template <class V>
+void multiply_rows(const RowRuns& runs, int64_t columns, int64_t group_size, const typename V::Element* x, int64_t m,
+                   typename V::Element* scratch, float* sums) {
+  using Element = typename V::Element;
+  constexpr int64_t kStep = 2 * V::kLanes;
+  const int64_t stride = runs.rows * kRuns;  // from one activation's sums to the next
+  const auto few = [&](auto levels_type) {
+    with_constant<V::kFew>(m, [&](auto constant) {
+      for (int64_t row = 0; row < runs.rows; ++row)
+        multiply_few<V, decltype(levels_type), constant>(row_of_each_run(runs, row, columns, group_size), columns,
+                                                         group_size, x, stride, sums + row * kRuns);
+    });
+  };
+  if (m <= V::kFew && with_levels<V>(columns, group_size, few)) return;
+  const int64_t padded = (columns + kStep - 1) / kStep * kStep;
+  const int64_t at_once = rows_decoded_at_once(m, runs.rows);
+  Element* plain = scratch + at_once * kRuns * kLinearChunk<Element>;
+  for (int64_t first_row = 0; first_row < runs.rows; first_row += at_once) {
+    const int64_t last_row = std::min(runs.rows, first_row + at_once);
+    for (int64_t first = 0; first < padded || first == 0; first += kLinearChunk<Element>) {
+      const int64_t last = std::min(padded, first + kLinearChunk<Element>);
+      for (int64_t row = first_row; row < last_row; ++row)
+        decode_rows<V>(row_of_each_run(runs, row, columns, group_size), first, last, columns, group_size, plain,
+                       scratch + (row - first_row) * kRuns * kLinearChunk<Element>);
+      for (int64_t i = 0; i < m; i += V::kBlock)
+        with_constant<V::kBlock>(std::min<int64_t>(V::kBlock, m - i), [&](auto constant) {
+          for (int64_t row = first_row; row < last_row; ++row)
+            multiply_block<V, constant>(scratch + (row - first_row) * kRuns * kLinearChunk<Element>,
+                                        x + i * padded + first * constant, (last - first) / V::kLanes, first != 0,
+                                        stride, sums + i * stride + row * kRuns);
+        });
+    }
+  }
+}
+
+template <class V>
+constexpr LinearKernels<float> linear_kernels_of() {
+  return {2 * V::kLanes,
+          V::kBlock,
+          {&pack_rows<V, float>, &pack_rows<V, BFloat16>, &pack_rows<V, Float16>},
+          &multiply_rows<V>};
+}
+
+}  // namespace squish::cpu
