@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,51 +11,32 @@ import torch
 from torch.export import Dim, export
 
 import squish_nf4
-from tests.helpers import require
+from tests.cmake import required_cmake
+from tests.compiling import ROOT
+from tests.compiling import run as run_process
 from tests.llama import quantized_llama, some_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
-PREFIX = squish_nf4.cmake_prefix_path()
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def cmake_of_pip() -> Path | None:
-    try:
-        files = metadata.files("cmake") or []
-    except metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())).resolve() for file in files if file.parts[-2:] == ("bin", "cmake")), None)
-
-
-def configure(cmake: str | Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    source = ROOT / "examples" / "libtorch_app"
-    command = [str(cmake), "-S", str(source), "-B", str(folder), f"-DCMAKE_PREFIX_PATH={PREFIX}", *options]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
-def cmake() -> Path:
-    found = cmake_of_pip()
-    require("cmake", found is not None, "the package cmake is not installed")
-    assert found is not None
-    return found
-
-
-@pytest.fixture(scope="module")
-def apps(cmake: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def apps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("a build with spaces")
-    done = configure(cmake, folder, "-DCMAKE_CXX_FLAGS=-O1 -Wall -Wextra")
-    assert done.returncode == 0, done.stderr
-    built = subprocess.run([str(cmake), "--build", str(folder), "-j2"], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
+    cmake = required_cmake()
+    options = [f"-DCMAKE_PREFIX_PATH={squish_nf4.cmake_prefix_path()}", "-DCMAKE_CXX_FLAGS=-O1 -Wall -Wextra"]
+    for command in (
+        [cmake, "-S", ROOT / "examples" / "libtorch_app", "-B", folder, *options],
+        [cmake, "--build", folder, "-j2"],
+    ):
+        done = run_process(command)
+        assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
 def run(apps: Path) -> Run:
     def run_app(name: str, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [str(apps / name), *(str(arg) for arg in args)]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+        return run_process([apps / name, *(str(arg) for arg in args)], **environment)
 
     return run_app
 
@@ -160,39 +139,3 @@ def test_the_one_line_of_the_docs_builds_too(run: Run, tmp_path: Path) -> None:
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     assert subprocess.run([str(tmp_path / "app")]).returncode == 0
-
-
-def test_cmake_of_the_system_configures_too(tmp_path: Path) -> None:
-    done = configure("cmake", tmp_path) if Path("/usr/bin/cmake").exists() else None
-    require("system-cmake", done is not None, "there is no /usr/bin/cmake")
-    assert done is not None
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("version", "said"),
-    [("2.3", "squish_nf4 was built for torch"), (None, "there is no lib/libtorch_cpu.so in it")],
-    ids=["another torch", "no torch"],
-)
-def test_a_torch_that_does_not_fit_is_named(cmake: Path, tmp_path: Path, version: str | None, said: str) -> None:
-    other = tmp_path / "torch"
-    (other / "lib").mkdir(parents=True)
-    if version is not None:
-        (other / "lib" / "libtorch_cpu.so").touch()
-        (other / "include" / "torch" / "headeronly").mkdir(parents=True)
-        major, minor = version.split(".")
-        lines = f"#define TORCH_VERSION_MAJOR {major}\n#define TORCH_VERSION_MINOR {minor}\n"
-        (other / "include" / "torch" / "headeronly" / "version.h").write_text(lines)
-    done = configure(cmake, tmp_path / "build", f"-DSQUISH_NF4_TORCH={other}")
-    assert done.returncode != 0
-    assert said in " ".join(done.stderr.split())
-
-
-def test_another_version_of_squish_nf4_is_refused(cmake: Path, tmp_path: Path) -> None:
-    (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.18)\nproject(p CXX)\nfind_package(squish_nf4 99 CONFIG REQUIRED)\n"
-    )
-    command = [str(cmake), "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-DCMAKE_PREFIX_PATH={PREFIX}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert squish_nf4.__version__ in done.stderr
