@@ -28,7 +28,9 @@ struct Problem {
   const cpu::Selection& path;
 };
 
-Tensor as_float32(const std::optional<Tensor>& bias) { return bias ? bias->contiguous().to(at::kFloat) : Tensor(); }
+Tensor as_float32(const std::optional<Tensor>& bias) {
+  return is_given(bias) ? bias->contiguous().to(at::kFloat) : Tensor();
+}
 
 void fused_linear(const Problem& p, const Tensor& x, const Tensor& bias, const Tensor& y) {
   constexpr int64_t kRowsAtOnce = 32;  // they stay in the first-level cache while the activations pass
@@ -74,11 +76,11 @@ void for_each_tile(const Problem& p, at::ScalarType dtype, const Use& use) {
 }
 
 // y = x W^T + bias, where x, W and the bias have one dtype in which ATen accumulates in float32 and rounds once.
-void tiled_linear(const Problem& p, const Tensor& x, const std::optional<Tensor>& bias, const Tensor& y) {
+void tiled_linear(const Problem& p, const Tensor& x, const Tensor& bias, const Tensor& y) {
   for_each_tile(p, x.scalar_type(), [&](int64_t row, const Tensor& tile) {
     Tensor part = y.narrow(1, row, tile.size(0));
-    if (bias) {
-      at::addmm_out(part, bias->narrow(0, row, tile.size(0)), x, tile.t());
+    if (bias.defined()) {
+      at::addmm_out(part, bias.narrow(0, row, tile.size(0)), x, tile.t());
     } else {
       at::mm_out(part, x, tile.t());
     }
@@ -89,7 +91,7 @@ void tiled_linear(const Problem& p, const Tensor& x, const std::optional<Tensor>
 bool multiplies_in_own_dtype(const Problem& p, const Tensor& x, const std::optional<Tensor>& bias) {
   if (x.scalar_type() == at::kFloat) return true;
   return x.scalar_type() == at::kBFloat16 && p.path.isa >= cpu::Isa::kAvx512Bf16 &&
-         (!bias || bias->scalar_type() == at::kBFloat16);
+         (!is_given(bias) || bias->scalar_type() == at::kBFloat16);
 }
 
 Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
@@ -108,13 +110,13 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   if (p.m <= (own_bfloat16 ? kFusedActivationsBFloat16 : kFusedActivations) && group_size % 2 == 0) {
     fused_linear(p, rows.stride(1) == 1 ? rows : rows.contiguous(), as_float32(bias), y);
   } else if (own_dtype) {
-    tiled_linear(p, rows, bias ? std::optional(bias->to(x.scalar_type())) : std::nullopt, y);
+    tiled_linear(p, rows, is_given(bias) ? bias->to(x.scalar_type()) : Tensor(), y);
   } else {
     const Tensor bias32 = as_float32(bias);
     for_each_stretch_of_activations(p.m, d + n, kActivationBytes, [&](int64_t first, int64_t count) {
       const Tensor x32 = rows.narrow(0, first, count).to(at::kFloat);
       const Tensor y32 = at::empty({count, n}, x32.options());
-      tiled_linear(p, x32, bias ? std::optional(bias32) : std::nullopt, y32);
+      tiled_linear(p, x32, bias32, y32);
       y.narrow(0, first, count).copy_(y32);
     });
   }
