@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 from torch.export import Dim, export
 
 import squish_nf4
+from squish_nf4.commands.demo import model_folder
 from tests.cmake import required_cmake
+from tests.commands import squish
 from tests.compiling import NATIVE, ROOT
 from tests.compiling import run as run_process
 from tests.llama import quantized_llama, some_tokens
+from tests.minilm import calls, eager_minilm, require_minilm
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -58,18 +62,56 @@ def test_a_scripted_llama_gives_pythons_bits(run: Run, llama: torch.nn.Module, t
         assert torch.equal(torch.load(tmp_path / "y.pt"), llama(x))
 
 
-def test_a_llama_compiled_by_aot_inductor_gives_pythons_numbers(
-    run: Run, llama: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+def test_the_encoder_of_the_export_command_gives_pythons_bits(run: Run, tmp_path: Path) -> None:
+    """Its two arguments are one saved tuple."""
+    require_minilm()
+    done = squish("export", model_folder(), tmp_path / "minilm.pt")
+    assert done.returncode == 0, done.stderr
+    eager = eager_minilm()
+    for ids, mask in calls((1, 1), (3, 20)):
+        torch.save((ids, mask), tmp_path / "x.pt")
+        done = run("script_app", tmp_path / "minilm.pt", tmp_path / "x.pt", tmp_path / "y.pt")
+        assert done.returncode == 0, done.stderr
+        with torch.inference_mode():
+            assert torch.equal(torch.load(tmp_path / "y.pt"), eager(ids, mask))
+
+
+@pytest.fixture(scope="module")
+def llama_package(llama: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("aoti")
     program = export(llama, (some_tokens(),), dynamic_shapes=({0: Dim("batch"), 1: Dim("tokens")},))
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "llama.pt2"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))
+        return Path(torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "llama.pt2")))
+
+
+def test_a_llama_compiled_by_aot_inductor_gives_pythons_numbers(
+    run: Run, llama: torch.nn.Module, llama_package: Path, tmp_path: Path
+) -> None:
     for batch, tokens in [(2, 9), (3, 20)]:
         x = some_tokens(batch, tokens)
         torch.save(x, tmp_path / "x.pt")
-        done = run("aoti_app", package, tmp_path / "x.pt", tmp_path / "y.pt")
+        done = run("aoti_app", llama_package, tmp_path / "x.pt", tmp_path / "y.pt")
         assert done.returncode == 0, done.stderr
         torch.testing.assert_close(torch.load(tmp_path / "y.pt"), llama(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_several_inputs_of_an_aot_inductor_model_are_one_saved_tuple(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Difference(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x - y
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    inputs = (torch.randn(3), torch.randn(3))
+    package = torch._inductor.aoti_compile_and_package(
+        export(Difference(), inputs), package_path=str(tmp_path / "m.pt2")
+    )
+    torch.save(inputs, tmp_path / "x.pt")
+    done = run("aoti_app", package, tmp_path / "x.pt", tmp_path / "y.pt")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "y.pt"), inputs[0] - inputs[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -112,15 +154,37 @@ def test_a_program_says_how_it_is_used_and_what_is_missing(run: Run, tmp_path: P
     assert not (tmp_path / "out.pt").exists()
 
 
-def test_no_python_comes_into_the_process(run: Run, tmp_path: Path) -> None:
-    """What the loader maps, from start to end; the op library is among it, Python is not."""
+@pytest.mark.parametrize(
+    ("app", "text"), [("script_app", "seven"), ("script_app", "7x"), ("quantize_app", ""), ("quantize_app", "9" * 20)]
+)
+def test_what_is_no_number_is_said_before_anything_is_written(run: Run, tmp_path: Path, app: str, text: str) -> None:
+    torch.save(torch.ones(4, 64), tmp_path / "w.pt")
+    args = {"script_app": ["m.pt", "x.pt", tmp_path / "y.pt", text], "quantize_app": [tmp_path / "w.pt", text, "y.pt"]}
+    name = {"script_app": "REPEATS", "quantize_app": "GROUP_SIZE"}[app]
+    done = run(app, *args[app])
+    said = f"{app}: {name} must be a whole number of at most 64 bits, got '{text}'\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+@pytest.mark.parametrize("app", ["script_app", "aoti_app", "quantize_app"])
+def test_no_python_comes_into_the_process(
+    run: Run, llama: torch.nn.Module, llama_package: Path, tmp_path: Path, app: str
+) -> None:
+    """What the loader maps, from start to end: the op library, a model that AOTInductor compiled, and no Python."""
+    squish_nf4.export_torchscript(llama, tmp_path / "llama.pt")
     torch.save(torch.ones(2, 64), tmp_path / "w.pt")
-    done = run("quantize_app", tmp_path / "w.pt", 32, tmp_path / "out.pt", LD_DEBUG="files")
+    torch.save(some_tokens(), tmp_path / "x.pt")
+    args = {
+        "script_app": [tmp_path / "llama.pt", tmp_path / "x.pt"],
+        "aoti_app": [llama_package, tmp_path / "x.pt"],
+        "quantize_app": [tmp_path / "w.pt", 32],
+    }[app]
+    done = run(app, *args, tmp_path / "out.pt", LD_DEBUG="files")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "libsquish_nf4.so" in done.stderr
-    assert "libtorch_cpu.so" in done.stderr
-    assert "libpython" not in done.stderr
-    assert "libtorch_python" not in done.stderr
+    mapped = {Path(name).name for name in re.findall(r"calling init: (\S+)", done.stderr)}
+    assert {"libsquish_nf4.so", "libtorch_cpu.so"} <= mapped
+    assert any(name.endswith(".wrapper.so") for name in mapped) == (app == "aoti_app")
+    assert not [name for name in mapped if "python" in name]
 
 
 def compile_by_the_docs(source: Path, app: Path) -> Path:
