@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from squish_nf4 import _C
-from tests.cmake import required_cmake
 from tests.compiling import NATIVE, ROOT, run
 from tests.conftest import ISAS
+from tests.cpp_programs import required_cmake
 from tests.helpers import ForcedIsa, require
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import squish_nf4
-from tests.cmake import required_cmake
+from tests.cpp_programs import required_cmake
 from tests.helpers import require
 
 PREFIX = Path(squish_nf4.cmake_prefix_path())

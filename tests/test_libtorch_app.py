@@ -13,13 +13,14 @@ from torch.export import Dim, export
 
 import squish_nf4
 from squish_nf4.commands.demo import model_folder
-from tests.cmake import required_cmake
 from tests.commands import squish
 from tests.compiling import NATIVE, ROOT
 from tests.compiling import run as run_process
+from tests.cpp_programs import build_without_cmake, required_cmake
 from tests.llama import quantized_llama, some_tokens
 from tests.minilm import calls, eager_minilm, require_minilm
 
+PACKAGE = Path(squish_nf4.__file__).parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -187,30 +188,19 @@ def test_no_python_comes_into_the_process(
     assert not [name for name in mapped if "python" in name]
 
 
-def compile_by_the_docs(source: Path, app: Path) -> Path:
-    """docs/cpp.md: a compiler and the two paths, without CMake."""
-    torch_root = Path(torch.__file__).parent
-    package = Path(squish_nf4.__file__).parent
-    command = ["c++", "-std=c++20", source, "-o", app, f"-I{package}/include"]
-    command += [f"-I{torch_root}/include", f"-I{torch_root}/include/torch/csrc/api/include"]
-    command += [f"-L{package}", "-lsquish_nf4", f"-L{torch_root}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
-    command += [f"-Wl,-rpath,{package}:{torch_root}/lib", "-Wl,--allow-shlib-undefined"]
-    built = run_process(command)
-    assert built.returncode == 0, built.stderr
-    return app
-
-
 def test_the_one_line_of_the_docs_builds_too(tmp_path: Path) -> None:
     source = tmp_path / "app.cpp"
     source.write_text(
         "#include <squish_nf4/nf4.h>\n#include <ATen/ops/ones.h>\n"
         "int main() { return std::get<0>(squish::quantize_nf4(at::ones({2, 64}))).size(1) != 32; }\n"
     )
-    assert run_process([compile_by_the_docs(source, tmp_path / "app")]).returncode == 0
+    build_without_cmake(source, tmp_path / "app", PACKAGE)
+    assert run_process([tmp_path / "app"]).returncode == 0
 
 
 def test_an_undefined_tensor_is_named_and_an_undefined_bias_is_none(tmp_path: Path) -> None:
-    done = run_process([compile_by_the_docs(NATIVE / "undefined_tensors.cpp", tmp_path / "app")])
+    build_without_cmake(NATIVE / "undefined_tensors.cpp", tmp_path / "app", PACKAGE)
+    done = run_process([tmp_path / "app"])
     assert done.returncode == 0, done.stderr
     refused = ["quantize_nf4: w", "dequantize_nf4: packed", "dequantize_nf4: scales", "dequantize_nf4: out"]
     refused += ["dequantize_nf4: packed"]

@@ -2,8 +2,8 @@
 #
 # torch: the folder in SQUISH_NF4_TORCH (with include/ and lib/); without that, a target named `torch` that is there
 # already (after find_package(Torch), say from a LibTorch archive); else the torch beside this package; else the one
-# this package was built with. The libraries of a folder are linked by their files: torch's own TorchConfig.cmake would
-# ask for a CUDA toolkit if torch has CUDA, which a program that calls no CUDA function does not need.
+# an editable install was built with. A folder's libraries are linked by their files: torch's own TorchConfig.cmake
+# would ask for a CUDA toolkit if torch has CUDA, which a program that calls no CUDA function does not need.
 cmake_minimum_required(VERSION 3.18...3.21)
 get_filename_component(_squish_nf4_package "${CMAKE_CURRENT_LIST_DIR}/.." REALPATH)
 set(_squish_nf4_library "${_squish_nf4_package}/libsquish_nf4.so")
@@ -89,13 +89,14 @@ if(_squish_nf4_torch STREQUAL "squish_nf4::torch" AND NOT TARGET squish_nf4::tor
     # Not one symbol of it is named by a program; torch looks for what it registers.
     list(APPEND _squish_nf4_names torch_cuda c10_cuda)
   endif()
-  set(_squish_nf4_links "-Wl,--no-as-needed")
+  set(_squish_nf4_links "")
   foreach(_squish_nf4_name IN LISTS _squish_nf4_names)
     list(APPEND _squish_nf4_links "${_squish_nf4_root}/lib/lib${_squish_nf4_name}.so")
   endforeach()
-  # CUDA's own libraries are found by torch's, at run time.
-  target_link_libraries(squish_nf4::torch INTERFACE ${_squish_nf4_links} "-Wl,--as-needed"
-                                                    "-Wl,--allow-shlib-undefined")
+  # CUDA's own libraries are found by torch's, at run time. So that the op library, wherever it lies, finds them loaded,
+  # torch comes first: options stand before libraries. As libraries they give the program its RPATH.
+  target_link_options(squish_nf4::torch INTERFACE "-Wl,--no-as-needed" ${_squish_nf4_links})
+  target_link_libraries(squish_nf4::torch INTERFACE ${_squish_nf4_links} "-Wl,--allow-shlib-undefined")
 endif()
 
 if(NOT TARGET squish_nf4::squish_nf4)
