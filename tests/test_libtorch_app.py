@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import re
 import subprocess
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,51 +12,36 @@ import torch
 from torch.export import Dim, export
 
 import squish_nf4
-from tests.helpers import require
+from squish_nf4.commands.demo import model_folder
+from tests.commands import squish
+from tests.compiling import NATIVE, ROOT
+from tests.compiling import run as run_process
+from tests.cpp_programs import build_without_cmake, required_cmake
 from tests.llama import quantized_llama, some_tokens
+from tests.minilm import calls, eager_minilm, require_minilm
 
-ROOT = Path(__file__).resolve().parent.parent
-PREFIX = squish_nf4.cmake_prefix_path()
+PACKAGE = Path(squish_nf4.__file__).parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def cmake_of_pip() -> Path | None:
-    try:
-        files = metadata.files("cmake") or []
-    except metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())).resolve() for file in files if file.parts[-2:] == ("bin", "cmake")), None)
-
-
-def configure(cmake: str | Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    source = ROOT / "examples" / "libtorch_app"
-    command = [str(cmake), "-S", str(source), "-B", str(folder), f"-DCMAKE_PREFIX_PATH={PREFIX}", *options]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
-def cmake() -> Path:
-    found = cmake_of_pip()
-    require("cmake", found is not None, "the package cmake is not installed")
-    assert found is not None
-    return found
-
-
-@pytest.fixture(scope="module")
-def apps(cmake: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def apps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("a build with spaces")
-    done = configure(cmake, folder, "-DCMAKE_CXX_FLAGS=-O1 -Wall -Wextra")
-    assert done.returncode == 0, done.stderr
-    built = subprocess.run([str(cmake), "--build", str(folder), "-j2"], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
+    cmake = required_cmake()
+    options = [f"-DCMAKE_PREFIX_PATH={squish_nf4.cmake_prefix_path()}", "-DCMAKE_CXX_FLAGS=-O1 -Wall -Wextra"]
+    for command in (
+        [cmake, "-S", ROOT / "examples" / "libtorch_app", "-B", folder, *options],
+        [cmake, "--build", folder, "-j2"],
+    ):
+        done = run_process(command)
+        assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
 def run(apps: Path) -> Run:
     def run_app(name: str, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [str(apps / name), *(str(arg) for arg in args)]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+        return run_process([apps / name, *(str(arg) for arg in args)], **environment)
 
     return run_app
 
@@ -79,18 +63,56 @@ def test_a_scripted_llama_gives_pythons_bits(run: Run, llama: torch.nn.Module, t
         assert torch.equal(torch.load(tmp_path / "y.pt"), llama(x))
 
 
-def test_a_llama_compiled_by_aot_inductor_gives_pythons_numbers(
-    run: Run, llama: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+def test_the_encoder_of_the_export_command_gives_pythons_bits(run: Run, tmp_path: Path) -> None:
+    """Its two arguments are one saved tuple."""
+    require_minilm()
+    done = squish("export", model_folder(), tmp_path / "minilm.pt")
+    assert done.returncode == 0, done.stderr
+    eager = eager_minilm()
+    for ids, mask in calls((1, 1), (3, 20)):
+        torch.save((ids, mask), tmp_path / "x.pt")
+        done = run("script_app", tmp_path / "minilm.pt", tmp_path / "x.pt", tmp_path / "y.pt")
+        assert done.returncode == 0, done.stderr
+        with torch.inference_mode():
+            assert torch.equal(torch.load(tmp_path / "y.pt"), eager(ids, mask))
+
+
+@pytest.fixture(scope="module")
+def llama_package(llama: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("aoti")
     program = export(llama, (some_tokens(),), dynamic_shapes=({0: Dim("batch"), 1: Dim("tokens")},))
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "llama.pt2"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))
+        return Path(torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "llama.pt2")))
+
+
+def test_a_llama_compiled_by_aot_inductor_gives_pythons_numbers(
+    run: Run, llama: torch.nn.Module, llama_package: Path, tmp_path: Path
+) -> None:
     for batch, tokens in [(2, 9), (3, 20)]:
         x = some_tokens(batch, tokens)
         torch.save(x, tmp_path / "x.pt")
-        done = run("aoti_app", package, tmp_path / "x.pt", tmp_path / "y.pt")
+        done = run("aoti_app", llama_package, tmp_path / "x.pt", tmp_path / "y.pt")
         assert done.returncode == 0, done.stderr
         torch.testing.assert_close(torch.load(tmp_path / "y.pt"), llama(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_several_inputs_of_an_aot_inductor_model_are_one_saved_tuple(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Difference(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x - y
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    inputs = (torch.randn(3), torch.randn(3))
+    package = torch._inductor.aoti_compile_and_package(
+        export(Difference(), inputs), package_path=str(tmp_path / "m.pt2")
+    )
+    torch.save(inputs, tmp_path / "x.pt")
+    done = run("aoti_app", package, tmp_path / "x.pt", tmp_path / "y.pt")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "y.pt"), inputs[0] - inputs[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -133,66 +155,55 @@ def test_a_program_says_how_it_is_used_and_what_is_missing(run: Run, tmp_path: P
     assert not (tmp_path / "out.pt").exists()
 
 
-def test_no_python_comes_into_the_process(run: Run, tmp_path: Path) -> None:
-    """What the loader maps, from start to end; the op library is among it, Python is not."""
+@pytest.mark.parametrize(
+    ("app", "text"), [("script_app", "seven"), ("script_app", "7x"), ("quantize_app", ""), ("quantize_app", "9" * 20)]
+)
+def test_what_is_no_number_is_said_before_anything_is_written(run: Run, tmp_path: Path, app: str, text: str) -> None:
+    torch.save(torch.ones(4, 64), tmp_path / "w.pt")
+    args = {"script_app": ["m.pt", "x.pt", tmp_path / "y.pt", text], "quantize_app": [tmp_path / "w.pt", text, "y.pt"]}
+    name = {"script_app": "REPEATS", "quantize_app": "GROUP_SIZE"}[app]
+    done = run(app, *args[app])
+    said = f"{app}: {name} must be a whole number of at most 64 bits, got '{text}'\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+@pytest.mark.parametrize("app", ["script_app", "aoti_app", "quantize_app"])
+def test_no_python_comes_into_the_process(
+    run: Run, llama: torch.nn.Module, llama_package: Path, tmp_path: Path, app: str
+) -> None:
+    """What the loader maps, from start to end: the op library, a model that AOTInductor compiled, and no Python."""
+    squish_nf4.export_torchscript(llama, tmp_path / "llama.pt")
     torch.save(torch.ones(2, 64), tmp_path / "w.pt")
-    done = run("quantize_app", tmp_path / "w.pt", 32, tmp_path / "out.pt", LD_DEBUG="files")
+    torch.save(some_tokens(), tmp_path / "x.pt")
+    args = {
+        "script_app": [tmp_path / "llama.pt", tmp_path / "x.pt"],
+        "aoti_app": [llama_package, tmp_path / "x.pt"],
+        "quantize_app": [tmp_path / "w.pt", 32],
+    }[app]
+    done = run(app, *args, tmp_path / "out.pt", LD_DEBUG="files")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "libsquish_nf4.so" in done.stderr
-    assert "libtorch_cpu.so" in done.stderr
-    assert "libpython" not in done.stderr
-    assert "libtorch_python" not in done.stderr
+    mapped = {Path(name).name for name in re.findall(r"calling init: (\S+)", done.stderr)}
+    assert {"libsquish_nf4.so", "libtorch_cpu.so"} <= mapped
+    assert any(name.endswith(".wrapper.so") for name in mapped) == (app == "aoti_app")
+    assert not [name for name in mapped if "python" in name]
 
 
-def test_the_one_line_of_the_docs_builds_too(run: Run, tmp_path: Path) -> None:
-    """docs/cpp.md: a compiler and the two paths, without CMake."""
-    torch_root = Path(torch.__file__).parent
-    package = Path(squish_nf4.__file__).parent
+def test_the_one_line_of_the_docs_builds_too(tmp_path: Path) -> None:
     source = tmp_path / "app.cpp"
     source.write_text(
         "#include <squish_nf4/nf4.h>\n#include <ATen/ops/ones.h>\n"
         "int main() { return std::get<0>(squish::quantize_nf4(at::ones({2, 64}))).size(1) != 32; }\n"
     )
-    command = ["c++", "-std=c++20", str(source), "-o", str(tmp_path / "app"), f"-I{package}/include"]
-    command += [f"-I{torch_root}/include", f"-I{torch_root}/include/torch/csrc/api/include"]
-    command += [f"-L{package}", "-lsquish_nf4", f"-L{torch_root}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
-    command += [f"-Wl,-rpath,{package}:{torch_root}/lib", "-Wl,--allow-shlib-undefined"]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    assert subprocess.run([str(tmp_path / "app")]).returncode == 0
+    build_without_cmake(source, tmp_path / "app", PACKAGE)
+    assert run_process([tmp_path / "app"]).returncode == 0
 
 
-def test_cmake_of_the_system_configures_too(tmp_path: Path) -> None:
-    done = configure("cmake", tmp_path) if Path("/usr/bin/cmake").exists() else None
-    require("system-cmake", done is not None, "there is no /usr/bin/cmake")
-    assert done is not None
+def test_an_undefined_tensor_is_named_and_an_undefined_bias_is_none(tmp_path: Path) -> None:
+    build_without_cmake(NATIVE / "undefined_tensors.cpp", tmp_path / "app", PACKAGE)
+    done = run_process([tmp_path / "app"])
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("version", "said"),
-    [("2.3", "squish_nf4 was built for torch"), (None, "there is no lib/libtorch_cpu.so in it")],
-    ids=["another torch", "no torch"],
-)
-def test_a_torch_that_does_not_fit_is_named(cmake: Path, tmp_path: Path, version: str | None, said: str) -> None:
-    other = tmp_path / "torch"
-    (other / "lib").mkdir(parents=True)
-    if version is not None:
-        (other / "lib" / "libtorch_cpu.so").touch()
-        (other / "include" / "torch" / "headeronly").mkdir(parents=True)
-        major, minor = version.split(".")
-        lines = f"#define TORCH_VERSION_MAJOR {major}\n#define TORCH_VERSION_MINOR {minor}\n"
-        (other / "include" / "torch" / "headeronly" / "version.h").write_text(lines)
-    done = configure(cmake, tmp_path / "build", f"-DSQUISH_NF4_TORCH={other}")
-    assert done.returncode != 0
-    assert said in " ".join(done.stderr.split())
-
-
-def test_another_version_of_squish_nf4_is_refused(cmake: Path, tmp_path: Path) -> None:
-    (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.18)\nproject(p CXX)\nfind_package(squish_nf4 99 CONFIG REQUIRED)\n"
-    )
-    command = [str(cmake), "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-DCMAKE_PREFIX_PATH={PREFIX}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert squish_nf4.__version__ in done.stderr
+    refused = ["quantize_nf4: w", "dequantize_nf4: packed", "dequantize_nf4: scales", "dequantize_nf4: out"]
+    refused += ["dequantize_nf4: packed"]
+    sentence = "ValueError: {} must be a defined tensor, got an undefined one"
+    linear = [sentence.format(f"linear_nf4: {name}") for name in ("x", "packed", "scales")]
+    assert done.stdout.splitlines() == [sentence.format(name) for name in refused] + 6 * [*linear, "no error"]

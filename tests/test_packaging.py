@@ -10,7 +10,7 @@ import sysconfig
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.parser import Parser
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 
 from squish_nf4 import _build_info, library_path
 from tests.commands import ROOT, run
+from tests.cpp_programs import build_with_cmake, build_without_cmake
 from tests.helpers import require
 
 OWN_BUILD = {"SQUISH_CUDA": "1" if _build_info.CUDA_VERSION else "0"}  # another decision would compile again
@@ -174,6 +175,24 @@ def test_op_library_finds_torch_and_cuda_relative_to_itself(wheel: Path, tmp_pat
     assert folders == ["$ORIGIN/../torch/lib", *([cuda] if cuda else [])]
     assert "libtorch_cpu.so" in needed  # not linked into it
     assert Path(library).stat().st_size < 20_000_000
+
+
+@pytest.mark.parametrize("build", [build_with_cmake, build_without_cmake])
+def test_a_cpp_program_runs_with_a_package_that_lies_apart_from_torch(
+    wheel: Path, tmp_path: Path, build: Callable[[Path, Path, Path], None]
+) -> None:
+    """As after ``pip install --target``; the loader is not told of a CUDA toolkit that the system has."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "apart")
+    source = tmp_path / "app.cpp"
+    source.write_text("int main() {}\n")
+    (tmp_path / "build").mkdir()
+    build(source, tmp_path / "build" / "app", tmp_path / "apart" / "squish_nf4")
+    asked = [run(["c++", f"-print-file-name={name}"]).stdout.strip() for name in ("libc.so.6", "libstdc++.so.6")]
+    folders = ":".join(str(Path(path).resolve().parent) for path in asked)
+    loader = ["/lib64/ld-linux-x86-64.so.2", "--inhibit-cache", "--library-path", folders]
+    done = run([*loader, tmp_path / "build" / "app"], LD_DEBUG="files")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"calling init: {tmp_path}/apart/squish_nf4/libsquish_nf4.so" in done.stderr
 
 
 def test_op_library_brings_no_threads_of_its_own_and_no_python() -> None:

@@ -21,6 +21,14 @@ bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
+
+bool has_amx_bf16() {
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAmxBf16) != 0 && (d & kAmxTile) != 0;
+}
+#else
+bool has_amx_bf16() { return false; }
 #endif
 
 // Every feature a path uses is asked for by name (the check covers the operating system's support of the registers).
@@ -57,7 +65,7 @@ const LinearKernels<BFloat16>* linear_bfloat16_of(Isa isa) {
 }
 
 Selection selection_of(Isa isa, std::string error = "") {
-  return {&kernels_of(isa), linear_bfloat16_of(isa), isa, std::move(error)};
+  return {&kernels_of(isa), linear_bfloat16_of(isa), isa, has_amx_bf16(), std::move(error)};
 }
 
 Selection select() {

@@ -133,6 +133,7 @@ struct Selection {
   const Kernels* kernels;                          // never null
   const LinearKernels<BFloat16>* linear_bfloat16;  // null where the processor does not multiply bfloat16
   Isa isa;
+  bool has_amx;       // bfloat16 tiles (AMX_BF16): not used here, but by the library that torch multiplies with
   std::string error;  // not empty: SQUISH_NF4_ISA names something unknown or missing, and nothing may be computed
 };
 

@@ -1,11 +1,12 @@
 // The linear layer's product, as all CPU paths share it. A path brings a type `V` in an anonymous namespace:
-//   Path, Element                              the path's decoder; what is multiplied: float or BFloat16
-//   Operand, Sum, kLanes                       a register of kLanes Elements, and one of float32 sums
-//   kBlock, kFew                               activations that fit the registers beside four rows; with decoding too
-//   OneGroup(scale), TwoGroups(scale, scale)   what a step decodes to: of one group, or of one in each half of the
-//   lanes decode(packed, levels, even, odd)          kLanes bytes: their even and their odd columns zero(),
-//   load(Element*), store(Element*, Operand), multiply_add(Operand, Operand, Sum) store_totals(Sum a, b, c, d, float*
-//   out)   the total of each
+// - Path, Element: the path's decoder; what is multiplied, float or BFloat16
+// - Operand, Sum, kLanes: a register of kLanes Elements, and one of float32 sums
+// - kBlock, kFew: activations that fit the registers beside four rows, and beside four rows that are being decoded
+// - OneGroup(scale), TwoGroups(scale, scale): what a step decodes to, of one group, or of one in each half of the lanes
+// - decode(packed, levels, even, odd): kLanes bytes to their even and their odd columns
+// - zero(), load(Element*), store(Element*, Operand), multiply_add(Operand, Operand, Sum)
+// - totals(Sum a, b, c, d): the total of each
+//
 // Both factors are laid out alike, in half steps: a step is 2 * kLanes columns, its first half the even ones and its
 // second the odd ones, as a byte holds them. Each half step holds kLanes elements of every row, one row after another.
 //
@@ -72,6 +73,10 @@ inline RowOfEachRun row_of_each_run(const RowRuns& runs, int64_t row, int64_t co
   return rows;
 }
 
+// The rows of a run follow each other in memory, so what comes next is always ahead, also while a decoded chunk is
+// being multiplied and nothing is read.
+inline constexpr int64_t kPrefetchBytes = 1024;
+
 // Calls use(run, levels, column) for every step of columns [first, last): runs innermost, so that four streams of
 // memory are read side by side. Levels: V::OneGroup if a group is whole steps, V::TwoGroups if it is half a step.
 template <class V, class Levels, typename Use>
@@ -90,7 +95,10 @@ inline void for_each_step(const RowOfEachRun& rows, int64_t first, int64_t last,
       }
     }
     for (const int64_t end = std::min(stop, last); column < end; column += kStep)
-      for (int run = 0; run < kRuns; ++run) use(run, levels[run], column);
+      for (int run = 0; run < kRuns; ++run) {
+        __builtin_prefetch(rows.packed[run] + column / 2 + kPrefetchBytes);
+        use(run, levels[run], column);
+      }
   }
 }
 

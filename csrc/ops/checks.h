@@ -8,6 +8,7 @@
 #include <c10/core/SymBool.h>
 #include <c10/core/SymInt.h>
 
+#include <initializer_list>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -28,8 +29,23 @@ inline bool is_compute_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
+// An optional tensor that is undefined counts as none, as in ATen's own operators.
+inline bool is_given(const std::optional<Tensor>& tensor) { return tensor && tensor->defined(); }
+
+struct Argument {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// Only C++ can pass an undefined tensor. Where all are, the dispatcher finds no backend to ask here: api.cpp asks, too.
+inline void check_defined(const char* op, std::initializer_list<Argument> arguments) {
+  for (const auto& [name, tensor] : arguments)
+    TORCH_CHECK_VALUE(tensor.defined(), op, ": ", name, " must be a defined tensor, got an undefined one");
+}
+
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const char* first_name,
                               const Tensor& first) {
+  check_defined(op, {{first_name, first}, {name, tensor}});
   TORCH_CHECK(tensor.device() == first.device(), op, ": ", name, " is on ", tensor.device(), " but ", first_name,
               " is on ", first.device(), "; they must be on one device");
 }
@@ -105,7 +121,7 @@ inline void check_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
                          int64_t group_size) {
   constexpr auto op = "linear_nf4";
   check_same_device(op, "packed", packed, "x", x);
-  if (bias) check_same_device(op, "bias", *bias, "x", x);
+  if (is_given(bias)) check_same_device(op, "bias", *bias, "x", x);
   TORCH_CHECK_TYPE(is_compute_dtype(x.scalar_type()), op, ": x must be float32, bfloat16 or float16, got ",
                    name_of(x.scalar_type()),
                    x.scalar_type() == at::kByte ? "; if x was cast with x.to(next(model.parameters()).dtype): the "
@@ -114,7 +130,7 @@ inline void check_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
   check_packed(op, packed, scales, group_size);
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
   check_padding(op, "x has", x.sym_size(-1), packed.sym_size(1) * 2, group_size);
-  if (!bias) return;
+  if (!is_given(bias)) return;
   TORCH_CHECK_TYPE(is_compute_dtype(bias->scalar_type()), op, ": bias must be float32, bfloat16 or float16, got ",
                    name_of(bias->scalar_type()));
   TORCH_CHECK_VALUE(bias->dim() == 1, op, ": bias must be 1-D, got ", bias->dim(), "-D");

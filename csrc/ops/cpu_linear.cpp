@@ -58,26 +58,28 @@ void multiply(const cpu::LinearKernels<Element>& kernels, const Tensor& x, const
   }
 }
 
-// The same in bfloat16 by ATen, tile by tile: oneDNN has AMX, and is ahead by a little for very many activations.
+// The same in bfloat16 by ATen, which has AMX where the processor has it, on tiles of the decoded weight.
 void multiply_by_aten(const cpu::Kernels& kernels, const Tensor& x, const Tensor& packed, const Tensor& scales,
-                      const std::optional<Tensor>& bias, int64_t group_size, const Tensor& y) {
+                      const Tensor& bias, int64_t group_size, const Tensor& y) {
   const auto decode = [&](int64_t row, const Tensor& tile) {
-    const Tensor bytes = packed.narrow(0, row, tile.size(0)), scale = scales.narrow(0, row, tile.size(0));
-    decode_matrix(kernels, bytes, scale, group_size, tile);
+    const int64_t rows = tile.size(0);
+    decode_matrix(kernels, packed.narrow(0, row, rows), scales.narrow(0, row, rows), group_size, tile);
   };
   for_each_tile(packed, x.size(1), x.scalar_type(), kTileBytes, decode, [&](int64_t row, const Tensor& tile) {
     Tensor part = y.narrow(1, row, tile.size(0));
-    if (bias) {
-      at::addmm_out(part, bias->narrow(0, row, tile.size(0)), x, tile.t());
+    if (bias.defined()) {
+      at::addmm_out(part, bias.narrow(0, row, tile.size(0)), x, tile.t());
     } else {
       at::mm_out(part, x, tile.t());
     }
   });
 }
 
-bool aten_is_faster(int64_t m) {
-  static const int64_t least = std::getenv("SQ_ATEN") ? atoi(std::getenv("SQ_ATEN")) : 512;
-  return m >= least;
+// ATen adds a bias in its own dtype, and has to be clearly faster to be worth another order of summation: with AMX it
+// is; without, from some point on it makes no difference (docs/benchmarks), and the route stays tested everywhere.
+bool aten_multiplies(const cpu::Selection& path, const Tensor& x, const Tensor& bias, int64_t m) {
+  return x.scalar_type() == at::kBFloat16 && path.linear_bfloat16 != nullptr &&
+         (!bias.defined() || bias.scalar_type() == at::kBFloat16) && m >= (path.has_amx ? 32 : 1024);
 }
 
 Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
@@ -92,16 +94,18 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   const Tensor rows = x.reshape({m, d}), y = result.view({m, n});
   const Tensor activations = rows.stride(1) == 1 ? rows : rows.contiguous();
   const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
-  const Tensor bias32 = bias ? bias->contiguous().to(at::kFloat) : Tensor();
-  const float* bias_values = bias ? bias32.const_data_ptr<float>() : nullptr;
+  const Tensor added = is_given(bias) ? *bias : Tensor();
+  if (aten_multiplies(path, x, added, m)) {
+    multiply_by_aten(*path.kernels, activations, bytes, scale, added, group_size, y);
+    return result;
+  }
+  const Tensor added32 = added.defined() ? added.contiguous().to(at::kFloat) : Tensor();
+  const float* bias_values = added.defined() ? added32.const_data_ptr<float>() : nullptr;
   with_storage_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (std::is_same_v<T, nf4::BFloat16>) {
-      if (path.linear_bfloat16 != nullptr) {
-        if (aten_is_faster(m)) return multiply_by_aten(*path.kernels, activations, bytes, scale, bias, group_size, y);
+    if constexpr (std::is_same_v<T, nf4::BFloat16>)
+      if (path.linear_bfloat16 != nullptr)
         return multiply<nf4::BFloat16, T>(*path.linear_bfloat16, activations, bytes, scale, bias_values, group_size, y);
-      }
-    }
     multiply<float, T>(path.kernels->linear, activations, bytes, scale, bias_values, group_size, y);
   });
   return result;

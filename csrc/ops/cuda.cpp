@@ -96,13 +96,13 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   if (result.numel() == 0) return result;
   const int64_t m = result.numel() / n;
   const Tensor rows = x.reshape({m, d}), y = result.view({m, n});
-  const Tensor bias32 = bias ? bias->to(at::kFloat) : Tensor();
+  const Tensor bias32 = is_given(bias) ? bias->to(at::kFloat) : Tensor();
   for_each_tile(packed.contiguous(), scales.contiguous(), group_size, d, x.scalar_type(),
                 [&](int64_t row, const Tensor& tile) {
                   const int64_t count = tile.size(0);
                   for_each_stretch_of_activations(m, count, kProductBytes, [&](int64_t first, int64_t stretch) {
                     Tensor product = multiply(rows.narrow(0, first, stretch), tile.t());
-                    if (bias) product.add_(bias32.narrow(0, row, count));
+                    if (bias32.defined()) product.add_(bias32.narrow(0, row, count));
                     y.narrow(0, first, stretch).narrow(1, row, count).copy_(product);
                   });
                 });

@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include <iostream>
+#include <vector>
 
 #include "tensor_file.h"
 
@@ -15,7 +16,9 @@ int main(int argc, char** argv) {
     const torch::InferenceMode no_gradients;
     require_file(argv[1]);
     torch::inductor::AOTIModelPackageLoader model(argv[1]);
-    write_value(argv[3], model.run({read_value(argv[2]).toTensor()})[0]);
+    std::vector<at::Tensor> inputs;
+    for (const torch::IValue& argument : read_arguments(argv[2])) inputs.push_back(argument.toTensor());
+    write_value(argv[3], model.run(inputs)[0]);
   } catch (const std::exception& error) {
     std::cerr << "aoti_app: " << error.what() << "\n";
     return 1;

@@ -6,6 +6,7 @@
 
 #include <iostream>
 
+#include "number.h"
 #include "tensor_file.h"
 
 int main(int argc, char** argv) {
@@ -15,7 +16,7 @@ int main(int argc, char** argv) {
   }
   try {
     const at::Tensor weight = read_value(argv[1]).toTensor();
-    const int64_t group_size = std::stoll(argv[2]);
+    const int64_t group_size = read_number("GROUP_SIZE", argv[2]);
     const auto [packed, scales] = squish::quantize_nf4(weight, group_size);
 
     const auto by_name = c10::Dispatcher::singleton()

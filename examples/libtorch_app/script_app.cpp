@@ -1,16 +1,18 @@
-// Runs a TorchScript model with NF4 layers: squish_nf4.export_torchscript(model, "model.pt", x) wrote it.
+// Runs a TorchScript model with NF4 layers: squish_nf4.export_torchscript or squish-nf4 export wrote it.
 #include <torch/script.h>
 
 #include <algorithm>
 #include <chrono>
 #include <iostream>
+#include <vector>
 
+#include "number.h"
 #include "tensor_file.h"
 
 // Microseconds of one call: the median over `repeats`, after some calls that TorchScript uses to specialize itself.
-double median_time(torch::jit::Module& model, const std::vector<torch::IValue>& inputs, int repeats) {
+double median_time(torch::jit::Module& model, const std::vector<torch::IValue>& inputs, int64_t repeats) {
   std::vector<double> times;
-  for (int i = -10; i < repeats; ++i) {
+  for (int64_t i = -10; i < repeats; ++i) {
     const auto start = std::chrono::steady_clock::now();
     model.forward(inputs);
     const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;
@@ -27,11 +29,12 @@ int main(int argc, char** argv) {
   }
   try {
     const torch::InferenceMode no_gradients;
+    const int64_t repeats = argc == 5 ? read_number("REPEATS", argv[4]) : 0;
     require_file(argv[1]);
     torch::jit::Module model = torch::jit::load(argv[1]);
-    const std::vector<torch::IValue> inputs = {read_value(argv[2])};
+    const std::vector<torch::IValue> inputs = read_arguments(argv[2]);
     write_value(argv[3], model.forward(inputs));
-    if (argc == 5) std::cout << median_time(model, inputs, std::max(1, std::stoi(argv[4]))) << "\n";
+    if (repeats > 0) std::cout << median_time(model, inputs, repeats) << "\n";
   } catch (const std::exception& error) {
     std::cerr << "script_app: " << error.what() << "\n";
     return 1;

@@ -19,6 +19,12 @@ inline torch::IValue read_value(const std::string& path) {
   return torch::pickle_load({std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()});
 }
 
+// What a model is called with: a tuple is spread over the arguments, anything else is the only one.
+inline std::vector<torch::IValue> read_arguments(const std::string& path) {
+  const torch::IValue value = read_value(path);
+  return value.isTuple() ? value.toTupleRef().elements().vec() : std::vector<torch::IValue>{value};
+}
+
 inline void write_value(const std::string& path, const torch::IValue& value) {
   const std::vector<char> bytes = torch::pickle_save(value);
   std::ofstream file(path, std::ios::binary);

@@ -1,8 +1,9 @@
 // squish_nf4 for C++: the operators as functions on at::Tensor. Link squish_nf4::squish_nf4 (docs/cpp.md).
 //
 // Each call goes through torch's dispatcher: gradients, autocast and devices are those of torch.ops.squish. What the
-// arguments must be is checked before anything is allocated: c10::ValueError for a shape, c10::TypeError for a dtype,
-// c10::Error for tensors on different devices. The text names the operator, what was found and what is wanted.
+// arguments must be is checked before anything is allocated: c10::ValueError for a shape or an undefined tensor,
+// c10::TypeError for a dtype, c10::Error for tensors on different devices. The text names the operator, what was found
+// and what is wanted.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,7 +29,8 @@ SQUISH_API at::Tensor dequantize_nf4(const at::Tensor& packed, const at::Tensor&
 SQUISH_API at::Tensor& dequantize_nf4_out(at::Tensor& out, const at::Tensor& packed, const at::Tensor& scales,
                                           int64_t group_size = 32);
 
-// x: (..., d) float32, bfloat16 or float16. bias: (n,) of one of these, or none. Returns (..., n) in the dtype of x.
+// x: (..., d) float32, bfloat16 or float16. bias: (n,) of one of these, or none; an undefined tensor is none.
+// Returns (..., n) in the dtype of x.
 // d: the packed columns, or fewer by less than lcm(2, group_size); those that are missing hold zeros.
 SQUISH_API at::Tensor linear_nf4(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
                                  const std::optional<at::Tensor>& bias = std::nullopt, int64_t group_size = 32);
