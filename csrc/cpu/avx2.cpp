@@ -152,11 +152,11 @@ struct Avx2Path {
 };
 
 struct Avx2Floats {
-  using Path = Avx2Path;
   using Element = float;
   using Operand = __m256;
   using Sum = __m256;
   static constexpr int64_t kLanes = 8;
+  static constexpr auto decode_columns = &cpu::decode_columns<Avx2Path, float>;
   static constexpr int kBlock = 2, kFew = 1;
   struct OneGroup {
     __m256 low, high;

@@ -132,11 +132,11 @@ struct Avx512Path {
 };
 
 struct Avx512Floats {
-  using Path = Avx512Path;
   using Element = float;
   using Operand = __m512;
   using Sum = __m512;
   static constexpr int64_t kLanes = 16;
+  static constexpr auto decode_columns = &cpu::decode_columns<Avx512Path, float>;
   static constexpr int kBlock = 6, kFew = 4;
   struct OneGroup {
     __m512 level;

@@ -15,14 +15,6 @@ namespace {
 
 static_assert(nf4::kEvenColumnShift == 0 && nf4::kOddColumnShift == 4, "the shifts below assume this nibble order");
 
-// Decodes what no register of levels fits: groups of an odd size, or of a few columns.
-struct PlainDecoder {
-  template <typename T>
-  static void decode_pairs(const uint8_t* packed, int64_t count, float scale, T* out) {
-    nf4::decode_pairs(packed, count, scale, nf4::kCodebook.level, out);
-  }
-};
-
 // The sixteen levels times the scale, rounded to nearest even. Subnormal ones become zero, as in any product of this
 // instruction set.
 inline __m256i scaled_levels(float scale) {
@@ -31,12 +23,15 @@ inline __m256i scaled_levels(float scale) {
 }
 
 struct Avx512BFloats {
-  using Path = PlainDecoder;
   using Element = BFloat16;
   using Operand = __m512i;
   using Sum = __m512;
   static constexpr int64_t kLanes = 32;
   static constexpr int kBlock = 6, kFew = 4;
+  static void decode_columns(const uint8_t* packed, const float* scales, int64_t first, int64_t last,
+                             int64_t group_size, BFloat16* out) {
+    kAvx512Kernels.decode_bfloat16(packed, scales, first, last, group_size, out);
+  }
   // vpermw looks up the low five bits of a lane: one table twice, or two tables and a bit that chooses.
   struct OneGroup {
     __m512i level;

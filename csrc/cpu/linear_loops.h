@@ -1,11 +1,12 @@
 // The linear layer's product, as all CPU paths share it. A path brings a type `V` in an anonymous namespace:
-// - Path, Element: the path's decoder; what is multiplied, float or BFloat16
+// - Element: what is multiplied, float or BFloat16
 // - Operand, Sum, kLanes: a register of kLanes Elements, and one of float32 sums
 // - kBlock, kFew: activations that fit the registers beside four rows, and beside four rows that are being decoded
 // - OneGroup(scale), TwoGroups(scale, scale): what a step decodes to, of one group, or of one in each half of the lanes
 // - decode(packed, levels, even, odd): kLanes bytes to their even and their odd columns
 // - zero(), load(Element*), store(Element*, Operand), multiply_add(Operand, Operand, Sum)
 // - totals(Sum a, b, c, d): the total of each
+// - decode_columns: a Decode<Element> (kernels.h), for groups that do not fit the lanes
 //
 // Both factors are laid out alike, in half steps: a step is 2 * kLanes columns, its first half the even ones and its
 // second the odd ones, as a byte holds them. Each half step holds kLanes elements of every row, one row after another.
@@ -18,7 +19,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "csrc/cpu/group_loops.h"
 #include "csrc/cpu/kernels.h"
 
 namespace squish::cpu {
@@ -156,8 +156,7 @@ void decode_rows(const RowOfEachRun& rows, int64_t first, int64_t last, int64_t 
   constexpr int64_t kStride = kLinearChunk<typename V::Element>;
   const int64_t count = std::min(last, columns) - first;
   for (int run = 0; run < kRuns; ++run)
-    decode_columns<typename V::Path>(rows.packed[run], rows.scales[run], first, first + count, group_size,
-                                     plain + run * kStride);
+    V::decode_columns(rows.packed[run], rows.scales[run], first, first + count, group_size, plain + run * kStride);
   pack_rows<V>(plain, kRuns, count, kStride, last - first, out);
 }
 

@@ -25,9 +25,9 @@ struct ScalarPath {
 
 // Eight lanes in plain C++: one running float32 sum over thousands of columns would lose digits.
 struct ScalarFloats {
-  using Path = ScalarPath;
   using Element = float;
   static constexpr int64_t kLanes = 8;
+  static constexpr auto decode_columns = &cpu::decode_columns<ScalarPath, float>;
   static constexpr int kBlock = 2, kFew = 1;
   struct Operand {
     float lane[kLanes];
