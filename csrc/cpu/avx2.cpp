@@ -166,10 +166,16 @@ struct Avx2Floats {
       high = _mm256_mul_ps(_mm256_loadu_ps(nf4::kCodebook.level + 8), _mm256_set1_ps(scale));
     }
   };
-  struct TwoGroups {
-    __m256 scale;
-    TwoGroups() = default;
-    TwoGroups(float first, float second) : scale(_mm256_set_m128(_mm_set1_ps(second), _mm_set1_ps(first))) {}
+  static constexpr int64_t kMostGroups = kLanes;
+  struct SomeGroups {
+    __m256 scale;  // of each lane's two columns
+    SomeGroups() = default;
+    SomeGroups(const float* scales, int shift) {
+      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(kLanes) >> shift), lane);
+      scale =
+          _mm256_permutevar8x32_ps(_mm256_maskload_ps(scales, there), _mm256_srl_epi32(lane, _mm_cvtsi32_si128(shift)));
+    }
   };
 
   static void decode(const uint8_t* packed, const Table& table, __m256& even, __m256& odd) {
@@ -180,7 +186,7 @@ struct Avx2Floats {
   static void decode(const uint8_t* packed, const OneGroup& levels, __m256& even, __m256& odd) {
     decode(packed, Table{levels.low, levels.high}, even, odd);
   }
-  static void decode(const uint8_t* packed, const TwoGroups& levels, __m256& even, __m256& odd) {
+  static void decode(const uint8_t* packed, const SomeGroups& levels, __m256& even, __m256& odd) {
     const float* level = nf4::kCodebook.level;
     decode(packed, Table{_mm256_loadu_ps(level), _mm256_loadu_ps(level + 8)}, even, odd);
     even = _mm256_mul_ps(even, levels.scale);

@@ -144,11 +144,15 @@ struct Avx512Floats {
     explicit OneGroup(float scale)
         : level(_mm512_mul_ps(_mm512_loadu_ps(nf4::kCodebook.level), _mm512_set1_ps(scale))) {}
   };
-  struct TwoGroups {
-    __m512 scale;
-    TwoGroups() = default;
-    TwoGroups(float first, float second)
-        : scale(_mm512_mask_mov_ps(_mm512_set1_ps(first), 0xff00, _mm512_set1_ps(second))) {}
+  static constexpr int64_t kMostGroups = kLanes;
+  struct SomeGroups {
+    __m512 scale;  // of each lane's two columns
+    SomeGroups() = default;
+    SomeGroups(const float* scales, int shift) {
+      const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      scale = _mm512_permutexvar_ps(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(shift)),
+                                    _mm512_maskz_loadu_ps(first_lanes(kLanes >> shift), scales));
+    }
   };
 
   static void look_up(const uint8_t* packed, __m512 level, __m512& even, __m512& odd) {
@@ -159,7 +163,7 @@ struct Avx512Floats {
   static void decode(const uint8_t* packed, const OneGroup& levels, __m512& even, __m512& odd) {
     look_up(packed, levels.level, even, odd);
   }
-  static void decode(const uint8_t* packed, const TwoGroups& levels, __m512& even, __m512& odd) {
+  static void decode(const uint8_t* packed, const SomeGroups& levels, __m512& even, __m512& odd) {
     look_up(packed, _mm512_loadu_ps(nf4::kCodebook.level), even, odd);
     even = _mm512_mul_ps(even, levels.scale);
     odd = _mm512_mul_ps(odd, levels.scale);

@@ -38,11 +38,12 @@ struct Avx512BFloats {
     OneGroup() = default;
     explicit OneGroup(float scale) : level(_mm512_broadcast_i64x4(scaled_levels(scale))) {}
   };
-  struct TwoGroups {
+  static constexpr int64_t kMostGroups = 2;
+  struct SomeGroups {
     __m512i level;
-    TwoGroups() = default;
-    TwoGroups(float first, float second)
-        : level(_mm512_inserti64x4(_mm512_castsi256_si512(scaled_levels(first)), scaled_levels(second), 1)) {}
+    SomeGroups() = default;
+    SomeGroups(const float* scales, int)
+        : level(_mm512_inserti64x4(_mm512_castsi256_si512(scaled_levels(scales[0])), scaled_levels(scales[1]), 1)) {}
   };
 
   static __m512i load_bytes(const uint8_t* packed) {
@@ -53,7 +54,7 @@ struct Avx512BFloats {
     even = _mm512_permutexvar_epi16(byte, levels.level);
     odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, nf4::kOddColumnShift), levels.level);
   }
-  static void decode(const uint8_t* packed, const TwoGroups& levels, __m512i& even, __m512i& odd) {
+  static void decode(const uint8_t* packed, const SomeGroups& levels, __m512i& even, __m512i& odd) {
     const __m512i byte = load_bytes(packed);
     even = _mm512_permutexvar_epi16(choose_table(byte), levels.level);
     odd = _mm512_permutexvar_epi16(choose_table(_mm512_srli_epi16(byte, nf4::kOddColumnShift)), levels.level);
@@ -73,9 +74,7 @@ struct Avx512BFloats {
 }  // namespace
 
 constinit const LinearKernels<BFloat16> kAvx512Bf16Linear = {
-    2 * Avx512BFloats::kLanes,
-    Avx512BFloats::kBlock,
-    {&pack_rows<Avx512BFloats, BFloat16>},
+    2 * Avx512BFloats::kLanes,     Avx512BFloats::kBlock, &fits<Avx512BFloats>, {&pack_rows<Avx512BFloats, BFloat16>},
     &multiply_rows<Avx512BFloats>,
 };
 

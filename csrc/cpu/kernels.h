@@ -82,8 +82,9 @@ struct Packs<BFloat16> {
 
 template <typename Element>
 struct LinearKernels {
-  int64_t step;   // columns
-  int64_t block;  // activations
+  int64_t step;                                       // columns
+  int64_t block;                                      // activations
+  bool (*fits)(int64_t columns, int64_t group_size);  // false: right all the same, but decoded by a slow detour
   Packs<Element> pack;
   Multiply<Element> multiply;
 };

@@ -2,7 +2,8 @@
 // - Element: what is multiplied, float or BFloat16
 // - Operand, Sum, kLanes: a register of kLanes Elements, and one of float32 sums
 // - kBlock, kFew: activations that fit the registers beside four rows, and beside four rows that are being decoded
-// - OneGroup(scale), TwoGroups(scale, scale): what a step decodes to, of one group, or of one in each half of the lanes
+// - OneGroup(scale), SomeGroups(scales, shift): what a step decodes to, if it lies in one group, or is 2 to kMostGroups
+//   groups of 2 << shift columns
 // - decode(packed, levels, even, odd): kLanes bytes to their even and their odd columns
 // - zero(), load(Element*), store(Element*, Operand), multiply_add(Operand, Operand, Sum)
 // - totals(Sum a, b, c, d): the total of each
@@ -15,6 +16,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -78,20 +80,22 @@ inline RowOfEachRun row_of_each_run(const RowRuns& runs, int64_t row, int64_t co
 inline constexpr int64_t kPrefetchBytes = 1024;
 
 // Calls use(run, levels, column) for every step of columns [first, last): runs innermost, so that four streams of
-// memory are read side by side. Levels: V::OneGroup if a group is whole steps, V::TwoGroups if it is half a step.
+// memory are read side by side. Levels: V::OneGroup if a group is whole steps, V::SomeGroups if a step is whole groups.
 template <class V, class Levels, typename Use>
 inline void for_each_step(const RowOfEachRun& rows, int64_t first, int64_t last, int64_t group_size, const Use& use) {
   constexpr int64_t kStep = 2 * V::kLanes;
-  constexpr bool kTwo = std::is_same_v<Levels, typename V::TwoGroups>;
-  const int64_t stretch = kTwo ? kStep : group_size;
-  int64_t group = first / stretch, stop = (group + 1) * stretch;
-  for (int64_t column = first; column < last; stop += stretch, ++group) {
+  constexpr bool kSome = std::is_same_v<Levels, typename V::SomeGroups>;
+  const int64_t stretch = kSome ? kStep : group_size, groups = kSome ? kStep / group_size : 1;
+  const int shift = std::countr_zero(static_cast<uint64_t>(group_size)) - 1;
+  int64_t index = first / stretch, stop = (index + 1) * stretch;
+  for (int64_t column = first; column < last; stop += stretch, ++index) {
     Levels levels[kRuns];
     for (int run = 0; run < kRuns; ++run) {
-      if constexpr (kTwo) {
-        levels[run] = Levels(rows.scales[run][2 * group], rows.scales[run][2 * group + 1]);
+      const float* scales = rows.scales[run] + index * groups;
+      if constexpr (kSome) {
+        levels[run] = Levels(scales, shift);
       } else {
-        levels[run] = Levels(rows.scales[run][group]);
+        levels[run] = Levels(*scales);
       }
     }
     for (const int64_t end = std::min(stop, last); column < end; column += kStep)
@@ -112,9 +116,16 @@ inline bool with_levels(int64_t columns, int64_t group_size, const F& f) {
     f(typename V::OneGroup{});
     return true;
   }
-  if (group_size != V::kLanes) return false;
-  f(typename V::TwoGroups{});
+  // A step is a power of two, so the group size is one, too. Two columns at least: their lane has one scale.
+  if (kStep % group_size != 0 || group_size < 2 || kStep / group_size > V::kMostGroups) return false;
+  f(typename V::SomeGroups{});
   return true;
+}
+
+// Whether the kernels read the packed bytes as they lie, with no detour over a decoded row.
+template <class V>
+bool fits(int64_t columns, int64_t group_size) {
+  return with_levels<V>(columns, group_size, [](auto) {});
 }
 
 // Few activations: every decoded register is multiplied with all of them at once, and never stored.
@@ -230,6 +241,7 @@ template <class V>
 constexpr LinearKernels<float> linear_kernels_of() {
   return {2 * V::kLanes,
           V::kBlock,
+          &fits<V>,
           {&pack_rows<V, float>, &pack_rows<V, BFloat16>, &pack_rows<V, Float16>},
           &multiply_rows<V>};
 }

@@ -33,27 +33,37 @@ struct ScalarFloats {
     float lane[kLanes];
   };
   using Sum = Operand;
-  struct TwoGroups {
-    float level[2][nf4::kLevelCount];  // of the first and of the second half of the lanes
-    TwoGroups() = default;
-    TwoGroups(float first, float second) {
-      for (int k = 0; k < nf4::kLevelCount; ++k) {
-        level[0][k] = nf4::kCodebook.level[k] * first;
-        level[1][k] = nf4::kCodebook.level[k] * second;
-      }
+  static constexpr int64_t kMostGroups = kLanes;
+  struct OneGroup {
+    float level[nf4::kLevelCount];
+    OneGroup() = default;
+    explicit OneGroup(float scale) {
+      for (int k = 0; k < nf4::kLevelCount; ++k) level[k] = nf4::kCodebook.level[k] * scale;
     }
   };
-  struct OneGroup : TwoGroups {
-    OneGroup() = default;
-    explicit OneGroup(float scale) : TwoGroups(scale, scale) {}
+  struct SomeGroups {
+    float scale[kLanes];  // of each lane's two columns
+    SomeGroups() = default;
+    SomeGroups(const float* scales, int shift) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) scale[lane] = scales[lane >> shift];
+    }
   };
 
   static Sum zero() { return {}; }
-  static void decode(const uint8_t* packed, const TwoGroups& levels, Operand& even, Operand& odd) {
+  static void look_up(const uint8_t* packed, const float* level, Operand& even, Operand& odd) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const float* level = levels.level[lane / (kLanes / 2)];
       even.lane[lane] = level[nf4::even_index(packed[lane])];
       odd.lane[lane] = level[nf4::odd_index(packed[lane])];
+    }
+  }
+  static void decode(const uint8_t* packed, const OneGroup& levels, Operand& even, Operand& odd) {
+    look_up(packed, levels.level, even, odd);
+  }
+  static void decode(const uint8_t* packed, const SomeGroups& levels, Operand& even, Operand& odd) {
+    look_up(packed, nf4::kCodebook.level, even, odd);
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      even.lane[lane] *= levels.scale[lane];
+      odd.lane[lane] *= levels.scale[lane];
     }
   }
   static Operand load(const float* x) {

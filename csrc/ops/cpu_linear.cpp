@@ -104,7 +104,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   with_storage_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     if constexpr (std::is_same_v<T, nf4::BFloat16>)
-      if (path.linear_bfloat16 != nullptr)
+      if (path.linear_bfloat16 != nullptr && path.linear_bfloat16->fits(packed.size(1) * 2, group_size))
         return multiply<nf4::BFloat16, T>(*path.linear_bfloat16, activations, bytes, scale, bias_values, group_size, y);
     multiply<float, T>(path.kernels->linear, activations, bytes, scale, bias_values, group_size, y);
   });
