@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from squish_nf4.commands.offline import offline_and_quiet
+from squish_nf4.export_checks import refuse_target
 from squish_nf4.linear import NF4Linear
 from squish_nf4.model import QuantizeReport, quantize_model
-from squish_nf4.torchscript import TorchScriptReport, export_torchscript, refuse_target
+from squish_nf4.torchscript import TorchScriptReport, export_torchscript
 
 Step = Callable[[str], AbstractContextManager[None]]
 FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
