@@ -94,8 +94,12 @@ def in_one_line(error: Exception) -> str:
     lines = [line.strip(" :.") for line in text.splitlines() if line.strip(" :.")] or [type(error).__name__]
     said = lines[-1 if lines[0].startswith(REASON_COMES_LAST) else 0][:300]
     places = [(file, line) for file, line in re.findall(r'File "([^"]+)", line (\d+)', text) if Path(file).is_file()]
-    if not places:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = (__file__, str(example_calls.__file__), str(Path(torch.__file__).parent))
-        places = [(frame.filename, str(frame.lineno)) for frame in frames if not frame.filename.startswith(own)]
-    return f"{said} ({Path(places[-1][0]).name}:{places[-1][1]})" if places else said
+    place = f"{Path(places[-1][0]).name}:{places[-1][1]}" if places else place_of(error)
+    return f"{said} ({place})" if place else said
+
+
+def place_of(error: Exception) -> str | None:
+    """The innermost line that is neither torch's nor of the export: what a user may want to look at."""
+    own = (__file__, str(example_calls.__file__), str(Path(torch.__file__).parent))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None
