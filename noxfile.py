@@ -35,6 +35,7 @@ COLUMNS = "| torch | Python | compiler | CUDA kernels | passed | failed | skippe
 # What depends on torch or Python. The rest tests the repository, its tools, or kernels that know neither.
 CORE = [
     "autograd",
+    "comparison",
     "compile",
     "convert",
     "decoding",
@@ -44,6 +45,8 @@ CORE = [
     "errors",
     "exactness",
     "export",
+    "export_inputs",
+    "export_state",
     "export_torchscript",
     "fake_cuda",
     "linear",
