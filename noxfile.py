@@ -36,9 +36,11 @@ COLUMNS = "| torch | Python | compiler | CUDA kernels | passed | failed | skippe
 CORE = [
     "autograd",
     "compile",
+    "compiled_autograd",
     "convert",
     "decoding",
     "decompositions",
+    "default_dtype",
     "dynamic_shapes",
     "encode",
     "errors",
