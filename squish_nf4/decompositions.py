@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.utils._pytree import tree_map_only
 
 _OPS = torch.ops.squish
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
-    """What the operators compute, in operators of torch alone.
+    """What the operators compute, in operators of torch alone; they refuse what the operators refuse.
 
     For ``program.run_decompositions(table)`` after torch.export, and ``make_fx(function, decomposition_table=table)``.
     The packed bytes stay bytes in the program. docs/export.md shows an ONNX export.
@@ -25,18 +27,31 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
         same numbers: a product in float32, the bias added in float32, one rounding). quantize_nf4 is not in it.
     """
     levels = _levels_of_bytes()
-    return {
-        _OPS.dequantize_nf4.default: partial(_dequantize, levels),
-        _OPS.dequantize_nf4.out: partial(_dequantize_out, levels),
-        _OPS.linear_nf4.default: partial(_linear, levels),
-        _OPS._linear_nf4_grad_x.default: partial(_linear_grad_x, levels),
+    functions: dict[OpOverload, Callable[..., Any]] = {
+        _OPS.dequantize_nf4.default: _dequantize,
+        _OPS.dequantize_nf4.out: _dequantize_out,
+        _OPS.linear_nf4.default: _linear,
+        _OPS._linear_nf4_grad_x.default: _linear_grad_x,
     }
+    return {operator: partial(_checked, operator, function, levels) for operator, function in functions.items()}
+
+
+def _checked(operator: OpOverload, function: Callable[..., Any], levels: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The operator's own checks, on tensors without memory; they leave nothing in the program."""
+    with disable_proxy_modes_tracing():
+        without_memory = tree_map_only(Tensor, _on_meta, (args, kwargs))
+        operator(*without_memory[0], **without_memory[1])
+    return function(levels, *args, **kwargs)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _levels_of_bytes() -> Tensor:
     """(256, 2): the levels of the two columns that a byte holds, decoded by the operator itself."""
     every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").view(256, 1)
-    levels: Tensor = _OPS.dequantize_nf4(every_byte, torch.ones(256, 1, device="cpu"), 2)
+    levels: Tensor = _OPS.dequantize_nf4(every_byte, torch.ones(256, 1, dtype=torch.float32, device="cpu"), 2)
     return levels
 
 
