@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.torch_version import TorchVersion
 
 import squish_nf4
 from squish_nf4 import NF4Linear
@@ -138,6 +140,18 @@ def test_what_the_operator_refuses_is_refused(
         call(decomposed)
 
 
+def table_before_2_14() -> dict[OpOverload, Callable[..., Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "__version__", TorchVersion("2.13.0"))
+        return squish_nf4.decompositions()
+
+
+def test_levels_written_out_are_those_of_the_operator() -> None:
+    every_byte, ones = torch.arange(256, dtype=torch.uint8).view(256, 1), torch.ones(256, 1)
+    found = table_before_2_14()[OPS.dequantize_nf4.default](every_byte, ones, 2)
+    assert torch.equal(bits(found), bits(OPS.dequantize_nf4(every_byte, ones, 2)))
+
+
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
@@ -154,10 +168,20 @@ def test_an_exported_model_needs_no_operator_of_ours_and_keeps_its_bytes(core: b
     decomposed = program.run_decompositions(table)
     assert operators(decomposed.graph) == set()
     assert decomposed.state_dict["layers.0.mlp.down_proj.weight"].dtype == torch.uint8
-    assert [tuple(constant.shape) for constant in decomposed.constants.values()] == [(256, 2)]  # shared by all layers
+    shared_by_all_layers = [(256, 2)] if torch.__version__ >= "2.14" else []
+    assert [tuple(constant.shape) for constant in decomposed.constants.values()] == shared_by_all_layers
     for size in [(1, 1), (2, 9), (5, 40)]:
         tokens = some_tokens(*size)
         assert close(decomposed.module()(tokens), model(tokens))
+
+
+def test_levels_written_out_need_no_constant_in_a_program() -> None:
+    model, program = exported_llama()
+    decomposed = program.run_decompositions(table_before_2_14())
+    assert operators(decomposed.graph) == set()
+    assert not decomposed.constants
+    tokens = some_tokens(5, 40)
+    assert close(decomposed.module()(tokens), model(tokens))
 
 
 def test_dequantize_with_dynamic_rows() -> None:
