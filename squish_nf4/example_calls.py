@@ -9,28 +9,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squish_nf4.fresh_run import leaves
+from squish_nf4.fresh_run import Leaves, leaves, results
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
-Leaves = list[tuple[str, Any]]  # of a nested result: place and value
+PLAIN = (Tensor, bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
 def as_call(example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Call:
-    if isinstance(example_inputs, Mapping):
-        return copied(((), dict(example_inputs)))
-    return copied(((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs), {}))
+    """
+    Raises:
+        TypeError: they are something else, or hold something that is no input of TorchScript.
+    """
+    if isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs):
+        call: Call = (), dict(example_inputs)
+    elif isinstance(example_inputs, Tensor):
+        call = (example_inputs,), {}
+    elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str | bytes):
+        call = tuple(example_inputs), {}
+    else:
+        raise TypeError(
+            "export_torchscript: example_inputs must be a tensor, a tuple or list of positional arguments, or a "
+            f"mapping of keyword arguments, got {type_name(example_inputs)}"
+        )
+    for place, value in leaves(call[1] or call[0]):
+        if not isinstance(value, Tensor) and type(value) not in PLAIN:  # a float of numpy is a float, but not plain
+            raise TypeError(
+                f"export_torchscript: example_inputs{place} must be a tensor, a number, a string, None, a torch.dtype "
+                f"or a torch.device, or a tuple, list or mapping of these, got {type_name(value)}"
+            )
+    return copied(call)
 
 
-def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Nested tuples, lists and mappings with every tensor changed."""
+def type_name(value: Any) -> str:
+    kind = type(value)
+    if isinstance(value, Mapping):
+        return f"a {kind.__name__} whose keys are no names"
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def with_tensors(value: Any, change: Callable[[Tensor], Tensor], *, named: bool = True) -> Any:
+    """Nested tuples, lists and mappings with every tensor changed; if not ``named``, NamedTuples become tuples."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: with_tensors(item, change) for key, item in value.items()}
+        return {key: with_tensors(item, change, named=named) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        items = [with_tensors(item, change) for item in value]
-        return items if isinstance(value, list) else tuple(items)
+        items = [with_tensors(item, change, named=named) for item in value]
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if named and hasattr(value, "_fields") else tuple(items)
     return value
+
+
+def has_named_tuples(value: Any) -> bool:
+    """Anywhere in nested tuples and lists."""
+    return isinstance(value, tuple | list) and (hasattr(value, "_fields") or any(map(has_named_tuples, value)))
 
 
 def copied(call: Call) -> Call:
@@ -56,7 +89,7 @@ def resized_calls(model: nn.Module, example: Call) -> dict[int, tuple[Call, Leav
             continue
         call = with_tensors(example, partial(resize, dimension=dimension, size=sizes[0]))
         try:
-            calls[dimension] = call, list(leaves(run(model, call)))
+            calls[dimension] = call, results(run(model, call))
         except Exception:  # the model has this size in it: so may the trace
             continue
     return calls

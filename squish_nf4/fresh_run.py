@@ -5,12 +5,16 @@ Started by fresh_process.py as ``python -c``; a C++ program does the same four t
 
 from __future__ import annotations
 
+import re
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Leaves = list[tuple[str, Any]]  # of a nested result: place and value
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -22,28 +26,44 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for index, item in enumerate(value):
             yield from leaves(item, f"{path}[{index}]")
     else:
-        yield path, value.detach().cpu() if isinstance(value, Tensor) else value
+        yield path, value
 
 
-def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]] | str:
+def kept(value: Any) -> Any:
+    """A result as it is now: it may be the model's own tensor, which the next call writes to."""
+    return value.detach().cpu().resolve_conj().resolve_neg().clone() if isinstance(value, Tensor) else value
+
+
+def results(value: Any) -> Leaves:
+    return [(place, kept(leaf)) for place, leaf in leaves(value)]
+
+
+def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaves | str:
     """The leaves of the result, or the last line of the error."""
     try:
-        return list(leaves(module(*args, **kwargs)))
+        return results(module(*args, **kwargs))
     except Exception as error:
         return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def main(library: str, file: str, tasks: str, results: str) -> None:
+def operators(file: str) -> list[str]:
+    """Those of squish that a TorchScript file calls, in any method. (torch.jit.export_opnames takes no with-blocks.)"""
+    with zipfile.ZipFile(file) as archive:
+        code = [archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")]
+    return sorted({f"squish::{name}" for text in code for name in re.findall(r"\bops\.squish\.(\w+)", text)})
+
+
+def main(library: str, file: str, tasks: str, outcome: str) -> None:
     task = torch.load(tasks, weights_only=True)
     torch.set_num_threads(task["threads"])
     torch.set_float32_matmul_precision(task["precision"])
     torch.set_grad_enabled(task["grad"])
+    torch.set_default_dtype(task["dtype"])
     torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     module = torch.jit.load(file)  # type: ignore[no-untyped-call]
     outputs = [call(module, args, kwargs) for args, kwargs in task["calls"]]
     assert "squish_nf4" not in sys.modules, "the op library has to be enough"
-    operators = [name for name in torch.jit.export_opnames(module) if name.startswith("squish::")]  # type: ignore[no-untyped-call]
-    torch.save({"operators": operators, "outputs": outputs}, results)
+    torch.save({"operators": operators(file), "outputs": outputs}, outcome)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,37 @@
 """export_torchscript: a model as one TorchScript file, tried in a fresh process before it gets its name.
 
-What the fresh process does, and when two results are equal, stands in fresh_process.py. See docs/torchscript.md.
+How it is made stands in script_or_trace.py, what the fresh process does in fresh_run.py, when two results are equal in
+comparison.py. See docs/torchscript.md.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from squish_nf4.example_calls import Call, Leaves, as_call, copied, resized_calls, run
-from squish_nf4.fresh_process import FreshRun, TorchScriptError, compare, run_fresh
-from squish_nf4.fresh_run import leaves
+from squish_nf4.comparison import Agreement, compare
+from squish_nf4.example_calls import Call, as_call, copied, resized_calls, run
+from squish_nf4.export_checks import refuse_target, refuse_unready
+from squish_nf4.fresh_process import FreshRun, TorchScriptError, run_fresh
+from squish_nf4.fresh_run import Leaves, results
 from squish_nf4.linear import NF4Linear
+from squish_nf4.model_state import ModelState, state_kept
+from squish_nf4.script_or_trace import scripted_or_traced, torchs_warning_off
 
-TracerWarning: type[Warning] = torch.jit.TracerWarning  # type: ignore[attr-defined]
 DEPRECATION = (
     "TorchScript is deprecated: PyTorch still writes and runs it, and recommends torch.export for new programs "
     "(docs/torchscript.md)"
 )
-INSTEAD = "use torch.export or AOTInductor instead (docs/export.md)"
-REASON_COMES_LAST = ("The following operation failed", "Tracer cannot infer type")
-TORCHS_OWN_WARNING = r"`?torch\.jit\.\w+`? is (deprecated|not supported)"
+CALLS = 2  # of the example: TorchScript optimizes after the first
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,12 @@ class TorchScriptReport:
         bytes: its size.
         route: how it was made.
         why_traced: what scripting the model failed with, if it was traced.
-        nf4_layers: how many NF4Linear the model has.
+        nf4_layers: how many NF4Linear the model has, scripted ones too.
         operators: those of squish that the file calls; with none of them it runs without the op library.
-        same_bits: whether the fresh process returned what eager did, bit for bit; None if it was not run.
-        max_difference: the largest absolute difference from eager; None if it was not run.
-        free_dimensions: of the inputs; a trace was found right at another size of these, too.
+        same_bits: whether the fresh process returned what eager did, bit for bit, at the sizes of the example and at
+            other ones of free_dimensions; None if it was not run.
+        max_difference: the largest absolute difference from eager in the same calls; None if it was not run.
+        free_dimensions: of the inputs; a trace was found right, up to rounding, at another size of these, too.
         notes: a sentence each.
     """
 
@@ -72,9 +73,15 @@ class TorchScriptReport:
         tried = f"also at another size of {sizes} of the inputs" if sizes else "at the sizes of the example alone"
         return f"run in a fresh process with only the op library: {found}{f', {tried}' if self.why_traced else ''}"
 
+    @property
+    def contents(self) -> str:
+        """What of NF4 is in the file, in words."""
+        if self.nf4_layers == 0 and self.operators:
+            return f"calls {' and '.join(self.operators)}"
+        return f"{self.nf4_layers} NF4 layer{'' if self.nf4_layers == 1 else 's'}"
+
     def __str__(self) -> str:
-        layers = f"{self.nf4_layers} NF4 layer{'' if self.nf4_layers == 1 else 's'}"
-        lines = [f"{self.path}: {self.route}, {layers}, {self.bytes:,} bytes"]
+        lines = [f"{self.path}: {self.route}, {self.contents}, {self.bytes:,} bytes"]
         lines += [f"traced because it cannot be scripted: {self.why_traced}"] if self.why_traced else []
         lines += [self.verification, *(f"note: {note}" for note in self.notes), DEPRECATION]
         return "\n".join(lines)
@@ -94,8 +101,8 @@ def export_torchscript(
     example inputs, and the results have to be those of the model.
 
     Args:
-        model: in eval mode, with its weights loaded; it is not changed.
-        path: the file to write, usually *.pt.
+        model: in eval mode, with its weights loaded. Calls that change its state are undone, in the file too.
+        path: the file to write, usually *.pt. A symbolic link is followed.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. Without
             them the model is scripted or refused, and the file is loaded but not run.
         overwrite: whether a file at ``path`` may be replaced. That happens last and at once.
@@ -105,8 +112,10 @@ def export_torchscript(
 
     Raises:
         TorchScriptError: neither route takes the model, or the results differ by more than rounding. No file is left.
-        ValueError: the model is in training mode, or holds tensors without values.
-        TypeError: ``model`` is not a module, or one that torch.jit or torch.compile made.
+        ValueError: the model is in training mode, holds tensors without values, or writes into its parameters; or
+            autocast is on.
+        TypeError: ``model`` is not a module, torch.jit made it, or torch.compile it or a module in it; or the example
+            inputs hold what TorchScript does not take.
         FileExistsError: ``path`` exists, and ``overwrite`` is not given.
 
     Warns:
@@ -115,40 +124,59 @@ def export_torchscript(
     target = Path(path)
     refuse_target(target, overwrite)
     refuse_unready(model)
-    with torchs_warning_off():
-        example = None if example_inputs is None else as_call(example_inputs)
-        expected = None if example is None else list(leaves(run(model, example)))
-        module, why_traced, notes = scripted_or_traced(model, example)
-        resized = resized_calls(model, example) if why_traced and example else {}
-        calls = [] if example is None else [example, example, *(call for call, _ in resized.values())]
-        with written_beside(target, module) as file:
+    example = None if example_inputs is None else as_call(example_inputs)
+    with torchs_warning_off(), state_kept(model) as state:
+        expected = [] if example is None else [results(run(model, example)) for _ in range(CALLS)]
+        written, assigned = changes_by_calls(state)
+        module, why_traced, notes = scripted_or_traced(model, example, state)
+        resized = {}
+        if example is not None and why_traced:
+            for _ in range(CALLS if written or assigned else 0):
+                run(model, example)  # the file has been called as often then
+            resized = resized_calls(model, example)
+            state.restore()
+        calls = [] if example is None else [example] * CALLS + [call for call, _ in resized.values()]
+        with written_beside(Path(os.path.realpath(target)), module) as file:
             fresh = run_fresh(file, [copied(call) for call in calls])  # a call may write into its inputs
-            same_bits, difference = agreement_with_eager(fresh, expected)
-    free, bound = sizes_that_vary(fresh, resized)
+            agreement = agreement_of_calls(fresh, expected)
+            if agreement.misfit is not None:
+                why = why_wrong(model, calls[0], state, expected[0], assigned if why_traced else ())
+                raise TorchScriptError(
+                    f"export_torchscript: in a fresh process the exported model is wrong{agreement.misfit}{why}; "
+                    "nothing was written"
+                )
+    other_sizes = agreement_of_sizes(fresh, resized)
+    free = tuple(dimension for dimension, other in other_sizes.items() if other.misfit is None)
+    bound = list(notes_on_bound_sizes(other_sizes))
     for note in bound:
         warnings.warn(f"export_torchscript: {note}", stacklevel=2)
-    if not fresh.operators:
-        notes.append("it calls no operator of squish_nf4: an ordinary TorchScript file")
-    if any(isinstance(t, Tensor) and bool(t.isnan().any()) for _, t in expected or ()):
-        notes.append("results on the example inputs hold NaN, so that the comparison says little")
+    notes = [
+        *bound,
+        *notes_on_rounded_sizes(agreement, other_sizes),
+        *notes_on_state(written, assigned, traced=why_traced is not None),
+        *notes,
+        *notes_on_results(fresh, expected),
+    ]
+    for dimension in free:
+        agreement &= other_sizes[dimension]
     return TorchScriptReport(
         path=target,
         bytes=target.stat().st_size,
         route="traced" if why_traced else "scripted",
         why_traced=why_traced,
-        nf4_layers=sum(isinstance(layer, NF4Linear) for layer in model.modules()),
+        nf4_layers=sum(map(is_nf4_layer, model.modules())),
         operators=fresh.operators,
-        same_bits=same_bits,
-        max_difference=difference,
+        same_bits=agreement.same_bits if expected else None,
+        max_difference=agreement.difference if expected else None,
         free_dimensions=free,
-        notes=(*bound, *notes),
+        notes=tuple(notes),
     )
 
 
 @contextmanager
 def written_beside(target: Path, module: Any) -> Iterator[Path]:
     """The saved module in a folder of its own, which takes its final name if nothing is raised; else it is gone."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".squish_nf4.", dir=target.parent) as folder:
         file = Path(folder, target.name)
         torch.jit.save(module, file)
         yield file
@@ -157,134 +185,85 @@ def written_beside(target: Path, module: Any) -> Iterator[Path]:
         file.replace(target)
 
 
-def refuse_target(path: Path, overwrite: bool) -> None:
-    """Before any work."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"export_torchscript: the directory {path.parent} does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"export_torchscript: {path} is a directory; name a file in it")
-    if not overwrite and os.path.lexists(path):
-        raise FileExistsError(f"export_torchscript: {path} exists; overwrite=True replaces it")
+def is_nf4_layer(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return bool(getattr(module, "original_name", "") == NF4Linear.__name__)
+    return isinstance(module, NF4Linear)
 
 
-def refuse_unready(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"export_torchscript: model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("export_torchscript: the model is TorchScript already; torch.jit.save writes it")
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # what torch.compile returns
-        raise TypeError("export_torchscript: the model is compiled; pass the one that was given to torch.compile")
-    for name, module in model.named_modules():
-        if module.training:
-            raise ValueError(
-                f"export_torchscript: {f'{name} of the model' if name else 'the model'} is in training mode, which "
-                "would be written into the file; call model.eval() first"
-            )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(f"export_torchscript: {name} is on the meta device and has no values; load them first")
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            raise ValueError(
-                f"export_torchscript: {name} is a {type(tensor).__name__}; TorchScript saves plain tensors"
-            )
-
-
-@contextmanager
-def torchs_warning_off() -> Iterator[None]:
-    """torch says at every call that TorchScript is deprecated; we say it in the report."""
-    with warnings.catch_warnings():
-        for category in (FutureWarning, DeprecationWarning):
-            warnings.filterwarnings("ignore", TORCHS_OWN_WARNING, category)
-        yield
-
-
-def scripted_or_traced(model: nn.Module, example: Call | None) -> tuple[Any, str | None, list[str]]:
-    """The ScriptModule; if it was traced, why; and what torch warned of while tracing."""
-    try:
-        module: Any = torch.jit.script(model)
-        if example is not None:
-            run(module, example)
-        return module, None, []
-    except Exception as error:  # whatever the compiler or the compiled model raises, it is not scriptable
-        not_scripted = in_one_line(error)
-    if example is None:
-        raise TorchScriptError(
-            f"export_torchscript: the model cannot be scripted: {not_scripted}; "
-            f"give example_inputs to trace it, or {INSTEAD}"
+def changes_by_calls(state: ModelState) -> tuple[list[str], list[str]]:
+    """The names of what calls of the model wrote to, and of what they assigned; undoes both."""
+    parameters = state.parameters_written()
+    if parameters:
+        raise ValueError(
+            f"export_torchscript: a call of the model wrote into its parameter {parameters[0]}, which is not undone; "
+            "what calls change has to be a buffer"
         )
-    try:
-        with tracer_warnings() as notes:
-            args, kwargs = copied(example)
-            inputs = {"example_kwarg_inputs": kwargs} if kwargs else {"example_inputs": args}
-            # strict would refuse results that are dicts; the check would trace twice, and ours is stricter
-            module = torch.jit.trace(model, **inputs, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
-    except Exception as error:
-        raise TorchScriptError(
-            "export_torchscript: TorchScript cannot take this model; "
-            f"scripting: {not_scripted}; tracing: {in_one_line(error)}; {INSTEAD}"
-        ) from None
-    return module, not_scripted, notes
+    changes = state.written(), state.assigned()
+    state.restore()
+    return changes
 
 
-@contextmanager
-def tracer_warnings() -> Iterator[list[str]]:
-    """What torch warns of while it traces, as one note at most. Other warnings go where they always go."""
-    notes: list[str] = []
-    places: dict[str, None] = {}  # in order, each once
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", category=TracerWarning)
-        yield notes
-    for warning in caught:
-        if issubclass(warning.category, TracerWarning):
-            places[f"{Path(warning.filename).name}:{warning.lineno}"] = None
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    if places:
-        notes.append(
-            "the trace keeps Python values (sizes, branches taken) that the model reads from tensors, as torch warns: "
-            + ", ".join(places)
-        )
-
-
-def in_one_line(error: Exception) -> str:
-    """What torch says of a model, and the line of the model that it is about."""
-    text = re.sub(r" at 0x[0-9a-f]+", "", str(error))
-    lines = [line.strip(" :.") for line in text.splitlines() if line.strip(" :.")] or [type(error).__name__]
-    said = lines[-1 if lines[0].startswith(REASON_COMES_LAST) else 0][:300]
-    places = [(file, line) for file, line in re.findall(r'File "([^"]+)", line (\d+)', text) if Path(file).is_file()]
-    if not places:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = (__file__, str(Path(torch.__file__).parent))
-        places = [(frame.filename, str(frame.lineno)) for frame in frames if not frame.filename.startswith(own)]
-    return f"{said} ({Path(places[-1][0]).name}:{places[-1][1]})" if places else said
-
-
-def agreement_with_eager(fresh: FreshRun, expected: Leaves | None) -> tuple[bool | None, float | None]:
-    """Of the first two calls: TorchScript optimizes after the first."""
-    if expected is None:
-        return None, None
-    agreements = [compare(found, expected) for found in fresh.outputs[:2]]
-    for which, agreement in zip(("", " at the second call"), agreements, strict=True):
+def agreement_of_calls(fresh: FreshRun, expected: Sequence[Leaves]) -> Agreement:
+    """At the sizes of the example; a misfit says at which call."""
+    agreement = Agreement()
+    for found, wanted, at in zip(fresh.outputs, expected, ("", " at the second call"), strict=False):
+        agreement &= compare(found, wanted)
         if agreement.misfit is not None:
-            raise TorchScriptError(
-                f"export_torchscript: in a fresh process the exported model is wrong{which}: {agreement.misfit}; "
-                "nothing was written (a model that draws random numbers or keeps a state cannot be compared)"
-            )
-    return all(agreement.same_bits for agreement in agreements), max(agreement.difference for agreement in agreements)
+            return replace(agreement, misfit=f"{at}: {agreement.misfit}")
+    return agreement
 
 
-def sizes_that_vary(
-    fresh: FreshRun, resized: Mapping[int, tuple[Call, Leaves]]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The dimensions of the inputs that may have another size than in the example, and a sentence on each other."""
-    free, bound = [], []
-    for (dimension, (_, expected)), found in zip(resized.items(), fresh.outputs[2:], strict=True):
-        agreement = compare(found, expected)
-        if agreement.misfit is None:
-            free.append(dimension)
-        else:
-            bound.append(
+def why_wrong(model: nn.Module, example: Call, state: ModelState, expected: Leaves, not_traced: Sequence[str]) -> str:
+    """What we know of it, as the end of a sentence."""
+    state.restore()
+    if not compare(results(run(model, example)), expected).same_bits:
+        return "; eager itself gives another result each time, as a model does that draws random numbers"
+    return f"; {assigned_in_vain(not_traced)}" if not_traced else ""
+
+
+def assigned_in_vain(names: Sequence[str]) -> str:
+    return f"calls of the model assign {', '.join(names)}; a trace does not, and goes on with what was there"
+
+
+def agreement_of_sizes(fresh: FreshRun, resized: Mapping[int, tuple[Call, Leaves]]) -> dict[int, Agreement]:
+    """By the dimension of the inputs that has another size than in the example."""
+    return {
+        dimension: compare(found, expected)
+        for (dimension, (_, expected)), found in zip(resized.items(), fresh.outputs[CALLS:], strict=True)
+    }
+
+
+def notes_on_bound_sizes(other_sizes: Mapping[int, Agreement]) -> Iterator[str]:
+    for dimension, other in other_sizes.items():
+        if other.misfit is not None:
+            yield (
                 f"the trace holds for the example's size of dimension {dimension} of the inputs alone; at another "
-                f"size, which the model itself takes: {agreement.misfit}"
+                f"size, which the model itself takes: {other.misfit}"
             )
-    return tuple(free), tuple(bound)
+
+
+def notes_on_rounded_sizes(agreement: Agreement, other_sizes: Mapping[int, Agreement]) -> Iterator[str]:
+    for dimension, other in other_sizes.items():
+        if agreement.same_bits and other.misfit is None and not other.same_bits:
+            yield (
+                f"the bits are eager's at the sizes of the example, but not at another size of dimension {dimension} "
+                f"of the inputs (at most {other.difference:.3g} from eager): the trace rounds in another way there, or "
+                "keeps a number that goes with the size"
+            )
+
+
+def notes_on_state(written: Sequence[str], assigned: Sequence[str], *, traced: bool) -> Iterator[str]:
+    if traced and assigned:
+        yield assigned_in_vain(assigned)
+        assigned = ()
+    if written or assigned:
+        names = ", ".join(dict.fromkeys((*written, *assigned)))
+        yield f"calls of the model change {names}; the file holds what was there before the export"
+
+
+def notes_on_results(fresh: FreshRun, expected: Sequence[Leaves]) -> Iterator[str]:
+    if not fresh.operators:
+        yield "it calls no operator of squish_nf4: an ordinary TorchScript file"
+    if any(isinstance(t, Tensor) and bool(t.isnan().any()) for _, t in (expected[0] if expected else ())):
+        yield "results on the example inputs hold NaN, so that the comparison says little"

@@ -40,14 +40,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def split(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(x.size(0), x.size(1), heads, self.head).transpose(1, 2)
+        """(batch, tokens, heads * head) to (batch, self.heads, tokens, head): heads that queries share are repeated.
+
+        Repeated before the transposition: after it, torch before 2.13 exports no dynamic length.
+        """
+        by_head = x.view(x.size(0), x.size(1), heads, self.head)
+        return by_head.repeat_interleave(self.heads // heads, dim=2).transpose(1, 2)
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         q = rotate(self.split(self.q_proj(x), self.heads), angles)
         k = rotate(self.split(self.k_proj(x), self.kv_heads), angles)
         v = self.split(self.v_proj(x), self.kv_heads)
-        shared = self.heads // self.kv_heads
-        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 

@@ -36,7 +36,7 @@ def packaged(model: nn.Module, args: tuple[Tensor, ...], shapes: Any, path: Path
 def llama(inductor: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     """The model, and its package with a dynamic batch and length."""
     torch.manual_seed(20260801)
-    model = quantized_llama(layers=1)
+    model = quantized_llama(layers=2)
     path = tmp_path_factory.mktemp("aoti") / "llama.pt2"
     return model, packaged(model, (some_tokens(),), BATCH_AND_TOKENS, path)
 

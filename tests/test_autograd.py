@@ -113,6 +113,15 @@ def test_the_gradient_of_bias_for_a_single_activation_is_dy() -> None:
     assert close(dx, dy @ dense(packed, scales))
 
 
+def test_the_gradient_of_bias_alone_keeps_no_weight() -> None:
+    packed, scales = weight()
+    bias = leaf(6)
+    y = OPS.linear_nf4(torch.randn(3, 64), packed, scales, bias)
+    scales.mul_(2)  # noticed only where the weight was kept
+    (db,) = torch.autograd.grad(y.sum(), bias)
+    assert torch.equal(db, torch.full((6,), 3.0))
+
+
 def test_packed_and_scales_get_no_gradient() -> None:
     packed, scales = weight()
     scales.requires_grad_()

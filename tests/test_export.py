@@ -50,7 +50,7 @@ def test_an_exported_program_refuses_another_width() -> None:
 
 
 def test_a_program_with_strict_mode_is_the_same() -> None:
-    model = quantized_llama(layers=1)
+    model = quantized_llama()
     program = export(model, (some_tokens(),), dynamic_shapes=BATCH_AND_TOKENS, strict=True)
     tokens = some_tokens(3, 20)
     assert torch.equal(program.module()(tokens), model(tokens))
@@ -70,6 +70,7 @@ print("equal")
 """
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11 reads a program from bytes
 def test_a_saved_program_runs_here_and_where_only_the_op_library_is_loaded(tmp_path: Path) -> None:
     model, program = exported_llama()
     torch.export.save(program, tmp_path / "model.pt2")

@@ -48,6 +48,18 @@ def in_training():
 def no_model():
     return dense(), 3
 
+def without_linear():
+    return squish_nf4.NF4Packer(32).eval(), torch.randn(2, 64)
+
+def broken():
+    return {}["absent"]
+
+def wrong_example():
+    class Fails(Model):
+        def forward(self, x):
+            return {}["absent"]
+    return Fails().eval(), torch.randn(2, 64)
+
 number = 3
 """
 
@@ -141,6 +153,12 @@ def test_a_model_that_came_with_nf4_layers_is_written_as_it_is(here: Path) -> No
     assert load(here / "m.pt").second.weight.dtype == torch.float32
 
 
+def test_a_model_without_linear_layers_is_not_said_to_be_smaller(here: Path) -> None:
+    text = said(invoke("some_models:without_linear", "m.pt"))
+    assert "Model calls squish::quantize_nf4; nothing to quantize, 0 left alone Checked" in text
+    assert "smaller" not in text
+
+
 def test_without_example_inputs_it_says_that_it_was_not_run(here: Path) -> None:
     assert "not run: there were no example inputs" in said(invoke("some_models:dense", "m.pt"))
 
@@ -152,6 +170,10 @@ REFUSED = {
     "some_models:number": "some_models has no function number",
     "some_models:no_model": "has to return a module, or (module, example_inputs); got (Model, int)",
     "some_models:in_training": "the model is in training mode",
+    "some_models:broken": "some_models:broken failed: KeyError: 'absent' (some_models.py:34)",
+    "some_models:wrong_example": "some_models:wrong_example could not be exported: KeyError: 'absent' (some_models.py:",
+    "failing_models:f": "failing_models cannot be imported: ZeroDivisionError: division by zero (failing_models.py:1)",
+    "unreadable_models:f": "cannot be imported: SyntaxError: invalid syntax (unreadable_models.py, line 1)",
     "folder": "folder has no config.json: it is not the directory of a Hugging Face model",
 }
 
@@ -159,6 +181,8 @@ REFUSED = {
 @pytest.mark.parametrize("source", REFUSED)
 def test_a_source_that_cannot_be_exported_is_one_sentence(source: str, here: Path) -> None:
     (here / "folder").mkdir()
+    (here / "failing_models.py").write_text("1 / 0")
+    (here / "unreadable_models.py").write_text("def")
     result = invoke(source, "m.pt")
     assert result.exit_code == 1
     assert result.stderr.startswith("squish-nf4: ")
@@ -182,6 +206,14 @@ def test_a_file_is_replaced_only_with_overwrite_and_that_is_said_first(here: Pat
     assert (here / "m.pt").read_text() == "old"
     assert invoke("some_models:dense", "m.pt", "--overwrite").exit_code == 0
     assert load(here / "m.pt")(torch.randn(2, 64)).shape == (2, 8)
+
+
+def test_a_directory_that_cannot_be_written_into_is_named_before_any_work(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    result = invoke("some_models:broken", here / "m.pt")
+    assert result.stderr == f"squish-nf4: export_torchscript: cannot write into the directory {here}\n"
 
 
 def test_a_failed_export_is_one_sentence(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,10 @@ LAYER = {
     "example_calls",
     "fresh_process",
     "fresh_run",
+    "export_checks",
+    "comparison",
+    "model_state",
+    "script_or_trace",
 }
 # Then squish_nf4.checkpoint, and on top squish_nf4.commands, which nothing but __main__ imports.
 COMMAND_LINE_ONLY = {"typer", "rich", "click", "matplotlib", "sentence_transformers", "transformers"}

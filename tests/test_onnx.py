@@ -21,7 +21,7 @@ from tests.test_export import BATCH_AND_TOKENS
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     torch.manual_seed(20260801)
-    model = quantized_llama(layers=1)
+    model = quantized_llama()
     path = tmp_path_factory.mktemp("onnx") / "llama.onnx"
     program = export(model, (some_tokens(),), dynamic_shapes=BATCH_AND_TOKENS)
     program = program.run_decompositions(squish_nf4.decompositions())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from squish_nf4 import NF4Linear, library_path, quantize_model
+from squish_nf4 import NF4Linear, dequantize_nf4, library_path, quantize_model, quantize_nf4
 from tests.fresh_process import run_python
 from tests.helpers import require
 from tests.llama import quantized_llama, some_tokens
@@ -161,6 +161,19 @@ def test_a_layer_that_is_cast_after_scripting_is_refused_and_never_computed(load
     module = (saved_and_loaded(scripted) if loaded else scripted).half()
     with pytest.raises(RuntimeError, match="linear_nf4: scales must be float32, got float16"):
         module(torch.randn(3, 65).half())
+
+
+def test_a_forward_of_ones_own_dequantizes_with_the_operator() -> None:
+    """Documented: TorchScript does not compile the keyword-only argument of squish_nf4.dequantize_nf4."""
+
+    class Dequantizes(nn.Module):
+        def forward(self, packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+            half = torch.ops.squish.dequantize_nf4(packed, scales, 32, dtype=torch.float16)
+            return torch.ops.squish.dequantize_nf4(packed, scales, 32), half
+
+    packed, scales = quantize_nf4(torch.randn(4, 64), 32)
+    for found, dtype in zip(torch.jit.script(Dequantizes())(packed, scales), (None, torch.float16), strict=True):
+        assert torch.equal(found, dequantize_nf4(packed, scales, 32, dtype=dtype))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

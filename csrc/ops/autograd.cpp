@@ -6,8 +6,10 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
+#include <functional>
 #include <mutex>
 #include <numeric>
 
@@ -19,18 +21,28 @@ namespace {
 
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+using torch::dynamo::autograd::CompiledNodeArgs;
+using torch::dynamo::autograd::IValuePacker;
+using torch::dynamo::autograd::SwapSavedVariables;
+
+// A backward as a function of what compiled autograd hands to it; everything else stands in the closure.
+using Backward = std::function<variable_list(const variable_list& grads, const Tensor& packed, const Tensor& scales,
+                                             const c10::SymInt& d)>;
 
 // What both nodes keep: the packed weight itself, not a copy and never a dense one.
 struct PackedWeightNode : public torch::autograd::Node {
-  void save(const Tensor& packed, const Tensor& scales, int64_t size) {
+  void save(const Tensor& packed, const Tensor& scales, int64_t size, c10::SymInt columns) {
     packed_ = SavedVariable(packed, /*is_output=*/false);
     scales_ = SavedVariable(scales, /*is_output=*/false);
     group_size = size;
+    d = std::move(columns);
   }
 
-  std::pair<Tensor, Tensor> unpack() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return {packed_.unpack(), scales_.unpack()};
+  virtual Backward backward() const = 0;
+
+  variable_list apply(variable_list&& grads) override {
+    const auto [packed, scales] = unpack();
+    return backward()(grads, packed, scales, d);
   }
 
   void release_variables() override {
@@ -39,22 +51,60 @@ struct PackedWeightNode : public torch::autograd::Node {
     scales_.reset_data();
   }
 
+  void compiled_args(CompiledNodeArgs& args) const override {
+    args.collect(packed_, /*is_output=*/false);
+    args.collect(scales_, /*is_output=*/false);
+    args.collect(d);
+    args.collect(group_size);
+  }
+
+  // Compiled autograd does not run the backward but writes it into its graph, as one call that it traces through.
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override {
+    saved.before(packed_);
+    saved.before(scales_);
+    saved.before(d);
+    const auto [packed, scales] = unpack();
+    const auto call = [backward = backward()](const variable_list& grads, const torch::autograd::ivalue_list& args) {
+      return backward(grads, args[0].toTensor(), args[1].toTensor(), args[2].toSymInt());
+    };
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    const std::string bound = compiler->bind_function(
+        saved.get_py_compiler(), name(), call, {at::TensorType::get(), at::TensorType::get(), at::SymIntType::get()},
+        /*is_custom_function=*/true);  // the name is then made unique: another graph may have another closure
+    using Metadata = std::vector<std::optional<torch::autograd::InputMetadata>>;
+    variable_list result = compiler->call_function(
+        saved.get_py_compiler(), "apply_functional", bound, grads, {packed, scales, d},
+        IValuePacker<Metadata>::pack(torch::dynamo::autograd::get_input_metadata(next_edges())));
+    saved.after(packed_);
+    saved.after(scales_);
+    saved.after(d);
+    return result;
+  }
+
+ protected:
   int64_t group_size = 0;
 
  private:
+  std::pair<Tensor, Tensor> unpack() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return {packed_.unpack(), scales_.unpack()};
+  }
+
   SavedVariable packed_, scales_;
+  c10::SymInt d;  // the columns of x; the weight may hold more
 };
 
 // (ddx) -> ddy. The gradient of dx = dy W is ddx W^T: the linear layer itself.
 struct LinearNf4GradXBackward final : public PackedWeightNode {
   std::string name() const override { return "LinearNf4GradXBackward"; }
 
-  variable_list apply(variable_list&& grads) override {
-    variable_list result(1);
-    if (!grads[0].defined() || !task_should_compute_output(0)) return result;
-    const auto [packed, scales] = unpack();
-    result[0] = call_linear(grads[0], packed, scales, std::nullopt, group_size);
-    return result;
+  Backward backward() const override {
+    return [group_size = group_size, wanted = task_should_compute_output(0)](
+               const variable_list& grads, const Tensor& packed, const Tensor& scales, const c10::SymInt&) {
+      variable_list result(1);
+      if (grads[0].defined() && wanted) result[0] = call_linear(grads[0], packed, scales, std::nullopt, group_size);
+      return result;
+    };
   }
 };
 
@@ -62,16 +112,22 @@ struct LinearNf4GradXBackward final : public PackedWeightNode {
 struct LinearNf4Backward final : public PackedWeightNode {
   std::string name() const override { return "LinearNf4Backward"; }
 
-  variable_list apply(variable_list&& grads) override {
-    variable_list result(2);
-    const Tensor& dy = grads[0];
-    if (!dy.defined()) return result;
-    if (task_should_compute_output(0)) {
-      const auto [packed, scales] = unpack();
-      result[0] = call_linear_grad_x(dy, packed, scales, group_size, d);
-    }
-    if (bias_dtype && task_should_compute_output(1)) result[1] = sum_rows(dy).to(*bias_dtype);
-    return result;
+  Backward backward() const override {
+    return [group_size = group_size, bias_dtype = bias_dtype, to_x = task_should_compute_output(0),
+            to_bias = bias_dtype && task_should_compute_output(1)](const variable_list& grads, const Tensor& packed,
+                                                                   const Tensor& scales, const c10::SymInt& d) {
+      variable_list result(2);
+      const Tensor& dy = grads[0];
+      if (!dy.defined()) return result;
+      if (to_x) result[0] = call_linear_grad_x(dy, packed, scales, group_size, d);
+      if (to_bias) result[1] = sum_rows(dy).to(*bias_dtype);
+      return result;
+    };
+  }
+
+  void compiled_args(CompiledNodeArgs& args) const override {
+    PackedWeightNode::compiled_args(args);
+    args.collect(bias_dtype);
   }
 
   static Tensor sum_rows(const Tensor& dy) {
@@ -81,7 +137,6 @@ struct LinearNf4Backward final : public PackedWeightNode {
     return at::sum(dy, leading, /*keepdim=*/false, at::kFloat);
   }
 
-  c10::SymInt d;
   std::optional<at::ScalarType> bias_dtype;
 };
 
@@ -97,8 +152,8 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   if (compute_requires_grad(x, bias)) {
     node = make_node<LinearNf4Backward>();
     node->set_next_edges(collect_next_edges(x, bias));
-    node->save(packed, scales, group_size);
-    node->d = x.dim() == 0 ? c10::SymInt(0) : x.sym_size(-1);
+    // The gradient of bias needs no weight.
+    if (x.requires_grad()) node->save(packed, scales, group_size, x.dim() == 0 ? c10::SymInt(0) : x.sym_size(-1));
     if (bias) node->bias_dtype = bias->scalar_type();
   }
   Tensor y;
@@ -118,7 +173,7 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
   if (compute_requires_grad(dy)) {
     node = make_node<LinearNf4GradXBackward>();
     node->set_next_edges(collect_next_edges(dy));
-    node->save(packed, scales, group_size);
+    node->save(packed, scales, group_size, d);
   }
   Tensor dx;
   {

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from squish_nf4.commands.offline import offline_and_quiet
+from squish_nf4.export_checks import refuse_target
+from squish_nf4.fresh_process import TorchScriptError
 from squish_nf4.linear import NF4Linear
 from squish_nf4.model import QuantizeReport, quantize_model
-from squish_nf4.torchscript import TorchScriptReport, export_torchscript, refuse_target
+from squish_nf4.script_or_trace import place_of
+from squish_nf4.torchscript import TorchScriptReport, export_torchscript
 
 Step = Callable[[str], AbstractContextManager[None]]
 FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
@@ -63,8 +66,8 @@ def run(
     Raises:
         ModuleNotFoundError: transformers is not installed.
         FileExistsError: ``target`` exists, and ``overwrite`` is not given.
-        ValueError: ``source`` is neither, there is no such function, or quantizing options are given for a model that
-            has NF4 layers already.
+        ValueError: ``source`` is neither, there is no such function, it or the model fails, or quantizing options are
+            given for a model that has NF4 layers already.
         TypeError: the function returns something else than a module, or a module and example inputs.
         What quantize_model and export_torchscript raise.
     """
@@ -84,7 +87,12 @@ def run(
         warnings.filterwarnings("ignore", "export_torchscript:")  # they are among the notes
         with offline_and_quiet() if is_transformer else nullcontext():
             module = LastHiddenState(model).eval() if is_transformer else model
-            written = export_torchscript(module, target, example, overwrite=overwrite)
+            try:
+                written = export_torchscript(module, target, example, overwrite=overwrite)
+            except (ImportError, OSError, TypeError, ValueError, TorchScriptError):
+                raise  # a sentence already
+            except Exception as error:  # of the model's own, when it is called
+                raise ValueError(f"{source} could not be exported: {what_was_raised(error)}") from error
     return ExportReport(source, quantized, written, LastHiddenState.SIGNATURE if is_transformer else None)
 
 
@@ -129,13 +137,26 @@ def call_function(module: str, name: str) -> tuple[nn.Module, Any]:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"there is no module {error.name}, neither installed nor in {Path.cwd()}") from None
+    except Exception as error:
+        raise ValueError(f"{module} cannot be imported: {what_was_raised(error)}") from error
     if not callable(function):
         raise ValueError(f"{module} has no function {name}")
-    result = function()
+    try:
+        result = function()
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{module}:{name} failed: {what_was_raised(error)}") from error
     model, example = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module) or not isinstance(example, Tensor | Sequence | Mapping | None):
         raise TypeError(f"{module}:{name} has to return a module, or (module, example_inputs); got {kind_of(result)}")
     return model, example
+
+
+def what_was_raised(error: Exception) -> str:
+    """By code that is not ours, and on which line."""
+    place = "" if isinstance(error, SyntaxError) else f" ({place_of(error)})"  # which says itself where it is
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 def kind_of(value: Any) -> str:

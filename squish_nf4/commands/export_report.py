@@ -8,6 +8,7 @@ from rich.padding import Padding
 from squish_nf4.commands import terminal
 from squish_nf4.commands.export import ExportReport
 from squish_nf4.commands.terminal import size
+from squish_nf4.model import QuantizeReport
 from squish_nf4.torchscript import DEPRECATION
 
 
@@ -15,14 +16,12 @@ def print_report(report: ExportReport) -> None:
     out = terminal.console()
     written, quantized = report.written, report.quantized
     lines = {"File": f"[bold]{escape(str(written.path))}[/], {size(written.bytes)}, {written.route}"}
-    if quantized is not None:
-        ratio = quantized.bytes_before / max(1, quantized.bytes_after)
-        lines["Model"] = (
-            f"{terminal.count(len(quantized.layers), 'layer')} to NF4, {len(quantized.left_alone)} left alone: "
-            f"{size(quantized.bytes_before)} -> {size(quantized.bytes_after)}, {ratio:.1f} x smaller"
-        )
+    if quantized is None:
+        lines["Model"] = f"{written.contents}, as it came"
+    elif quantized.layers:
+        lines["Model"] = what_was_quantized(quantized)
     else:
-        lines["Model"] = f"{terminal.count(written.nf4_layers, 'NF4 layer')}, as it came"
+        lines["Model"] = f"{written.contents}; nothing to quantize, {len(quantized.left_alone)} left alone"
     if written.why_traced:
         lines["Traced"] = f"it cannot be scripted: {escape(written.why_traced)}"
     if report.signature:
@@ -33,3 +32,11 @@ def print_report(report: ExportReport) -> None:
     for note in (*(quantized.notes if quantized else ()), *written.notes):
         out.print(Padding(f"[yellow]Note:[/] {escape(note)}", (0, 0, 0, 2)))
     out.print(Padding(f"[dim]{DEPRECATION}.[/]", (0, 0, 0, 2)))
+
+
+def what_was_quantized(report: QuantizeReport) -> str:
+    ratio = report.bytes_before / max(1, report.bytes_after)
+    return (
+        f"{terminal.count(len(report.layers), 'layer')} to NF4, {len(report.left_alone)} left alone: "
+        f"{size(report.bytes_before)} -> {size(report.bytes_after)}, {ratio:.1f} x smaller"
+    )
