@@ -12,9 +12,9 @@
 #include <tuple>
 #include <vector>
 
-#include "csrc/cpu/activations.h"
 #include "csrc/cpu/float_environment.h"
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/linear.h"
 
 namespace squish::stable {
 namespace {
@@ -177,36 +177,32 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& scales, int64_t group_
   return out;
 }
 
-template <typename T>
-void fused_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const float* bias, int64_t group_size,
-                  const Tensor& y) {
-  constexpr int64_t kRowsAtOnce = 32;
+template <typename Element, typename T>
+void multiply(const cpu::LinearKernels<Element>& linear, const Tensor& x, const Tensor& packed, const Tensor& scales,
+              const float* bias, int64_t group_size, const Tensor& y) {
   const int64_t d = x.size(x.dim() - 1), n = packed.size(0), m = y.numel() / n, columns = packed.size(1) * 2;
-  const Tensor split = empty({m, columns}, ScalarType::Float, x);
-  auto* activations = static_cast<float*>(split.mutable_data_ptr());
-  const auto* bytes = static_cast<const uint8_t*>(packed.const_data_ptr());
-  const auto* scale = static_cast<const float*>(scales.const_data_ptr());
-  const T* values = static_cast<const T*>(x.const_data_ptr());
-  T* out = static_cast<T*>(y.mutable_data_ptr());
-  for (int64_t i = 0; i < m; i += cpu::kLinearBatch) {
+  const int64_t floats = m * cpu::padded_columns(linear, columns) * int64_t{sizeof(Element)} / 4;
+  const Tensor buffer = empty({floats}, ScalarType::Float, x);
+  auto* activations = static_cast<Element*>(buffer.mutable_data_ptr());
+  {
     const cpu::DefaultFloatEnvironment environment;
-    cpu::split_columns(values + i * d, std::min(cpu::kLinearBatch, m - i), d, d, columns, group_size,
-                       activations + i * columns);
+    cpu::pack_activations(linear, static_cast<const T*>(x.const_data_ptr()), m, d, d, columns, 0, m, activations);
   }
+  const cpu::LinearTask<Element, T> task{linear,
+                                         static_cast<const uint8_t*>(packed.const_data_ptr()),
+                                         static_cast<const float*>(scales.const_data_ptr()),
+                                         columns,
+                                         group_size,
+                                         activations,
+                                         m,
+                                         bias,
+                                         static_cast<T*>(y.mutable_data_ptr()),
+                                         n};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
-  const auto linear_rows = kernels().linear_rows;
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
     const cpu::DefaultFloatEnvironment environment;
-    float sums[kRowsAtOnce * cpu::kLinearBatch];
-    for (int64_t row = begin; row < end; row += kRowsAtOnce) {
-      const int64_t rows = std::min(kRowsAtOnce, end - row);
-      for (int64_t i = 0; i < m; i += cpu::kLinearBatch) {
-        const int64_t batch = std::min(cpu::kLinearBatch, m - i);
-        linear_rows(bytes + row * (columns / 2), scale + row * (columns / group_size), rows, columns, group_size,
-                    activations + i * columns, batch, sums);
-        cpu::add_bias(sums, bias == nullptr ? nullptr : bias + row, rows, batch, n, out + i * n + row);
-      }
-    }
+    const Tensor scratch = empty({cpu::linear_scratch_bytes<Element>(m) / 4}, ScalarType::Float, x);
+    cpu::linear_rows(task, begin, end, scratch.mutable_data_ptr());
   });
 }
 
@@ -224,8 +220,14 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
     const float* bias_values = b ? static_cast<const float*>(b->const_data_ptr()) : nullptr;
     with_storage_type(x.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
-      if constexpr (!std::is_same_v<T, double>)
-        fused_linear<T>(in_one_piece(x), in_one_piece(packed), in_one_piece(scales), bias_values, group_size, y);
+      if constexpr (!std::is_same_v<T, double>) {
+        const Tensor rows = in_one_piece(x), p = in_one_piece(packed), s = in_one_piece(scales);
+        const cpu::Selection& path = cpu::selection();
+        if constexpr (std::is_same_v<T, nf4::BFloat16>)
+          if (path.linear_bfloat16 != nullptr && path.linear_bfloat16->fits(packed.size(1) * 2, group_size))
+            return multiply<T, T>(*path.linear_bfloat16, rows, p, s, bias_values, group_size, y);
+        multiply<float, T>(kernels().linear, rows, p, s, bias_values, group_size, y);
+      }
     });
   }
   return y;

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
 #include "csrc/nf4/codec.h"
 

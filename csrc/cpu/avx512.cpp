@@ -3,6 +3,7 @@
 
 #include "csrc/cpu/bucket_index.h"
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
 #include "csrc/nf4/codec.h"
 

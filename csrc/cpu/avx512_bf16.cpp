@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
 #include "csrc/nf4/codec.h"
 

@@ -12,16 +12,11 @@
 // Both factors are laid out alike, in half steps: a step is 2 * kLanes columns, its first half the even ones and its
 // second the odd ones, as a byte holds them. Each half step holds kLanes elements of every row, one row after another.
 //
-// Included inside a path's target region, like group_loops.h.
+// Included inside a path's target region, like group_loops.h: everything here is a template over V or has internal
+// linkage, and what it includes has been included before the region began.
 #pragma once
 
-#include <algorithm>
-#include <bit>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-
-#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/linear_headers.h"
 
 namespace squish::cpu {
 
@@ -53,12 +48,12 @@ void pack_rows(const T* x, int64_t m, int64_t d, int64_t stride, int64_t columns
 // A float32 for each run, in a register.
 typedef float Four __attribute__((vector_size(kRuns * sizeof(float))));
 
-inline Four load_four(const float* from) {
+static inline Four load_four(const float* from) {
   Four loaded;
   std::memcpy(&loaded, from, sizeof loaded);
   return loaded;
 }
-inline void store_four(float* to, Four x) { std::memcpy(to, &x, sizeof x); }
+static inline void store_four(float* to, Four x) { std::memcpy(to, &x, sizeof x); }
 
 // One row of each run.
 struct RowOfEachRun {
@@ -66,7 +61,7 @@ struct RowOfEachRun {
   const float* scales[kRuns];
 };
 
-inline RowOfEachRun row_of_each_run(const RowRuns& runs, int64_t row, int64_t columns, int64_t group_size) {
+static inline RowOfEachRun row_of_each_run(const RowRuns& runs, int64_t row, int64_t columns, int64_t group_size) {
   RowOfEachRun rows;
   for (int run = 0; run < kRuns; ++run) {
     rows.packed[run] = runs.packed[run] + row * (columns / 2);

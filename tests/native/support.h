@@ -89,6 +89,7 @@ class Random {
 struct Path {
   const char* name;
   const squish::cpu::Kernels* kernels;
+  const squish::cpu::LinearKernels<squish::nf4::BFloat16>* linear_bfloat16 = nullptr;
 };
 inline std::vector<Path> available_paths() {
   using namespace squish::cpu;
@@ -96,6 +97,7 @@ inline std::vector<Path> available_paths() {
 #if defined(__x86_64__)
   if (selection().isa >= Isa::kAvx2) paths.push_back({"avx2", &kAvx2Kernels});
   if (selection().isa >= Isa::kAvx512) paths.push_back({"avx512", &kAvx512Kernels});
+  if (selection().isa >= Isa::kAvx512Bf16) paths.push_back({"avx512_bf16", &kAvx512Kernels, &kAvx512Bf16Linear});
 #endif
   return paths;
 }

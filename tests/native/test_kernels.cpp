@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "csrc/cpu/float_environment.h"
 #include "csrc/nf4/codec.h"
@@ -82,6 +83,22 @@ void check_encode(const Path& path, Random& random, int64_t columns, int64_t gro
 }
 
 template <typename T>
+void check_decode(const Path& path, const std::vector<uint8_t>& bytes, const std::vector<float>& scales, int64_t first,
+                  int64_t last, int64_t group_size, Place place) {
+  Buffer<uint8_t> packed(bytes, place);
+  Buffer<float> scale(scales, place);
+  Buffer<T> out(last - first, place);
+  (path.kernels->*decoder<T>())(packed.data(), scale.data(), first, last, group_size, out.data());
+  for (int64_t i = first; i < last; ++i) {
+    const uint32_t index = i % 2 == 0 ? nf4::even_index(bytes[i / 2]) : nf4::odd_index(bytes[i / 2]);
+    const T expected = nf4::decode<T>(index, scales[i / group_size], nf4::kCodebook.level);
+    CHECK(std::memcmp(&out[i - first], &expected, sizeof(T)) == 0,
+          "%s, group_size %d, column %d of %d to %d: %a, not %a", path.name, int(group_size), int(i), int(first),
+          int(last), nf4::to_float(out[i - first]), nf4::to_float(expected));
+  }
+}
+
+template <typename T>
 void check_decode(const Path& path, Random& random, int64_t columns, int64_t group_size) {
   constexpr float kSpecial[] = {-0.75f, 0x1p-140f, 3e38f, NAN, INFINITY, -INFINITY, 0.0f, 65504.0f};
   std::vector<uint8_t> bytes(static_cast<size_t>(columns / 2));
@@ -89,20 +106,12 @@ void check_decode(const Path& path, Random& random, int64_t columns, int64_t gro
   std::vector<float> scales(static_cast<size_t>(columns / group_size));
   for (float& scale : scales)
     scale = random.bits() % 3 == 0 ? kSpecial[random.bits() % std::size(kSpecial)] : random.between_minus_one_and_one();
-  for (Place place : kPlaces) {
-    Buffer<uint8_t> packed(bytes, place);
-    Buffer<float> scale(scales, place);
-    Buffer<T> out(columns, place);
-    (path.kernels->*decoder<T>())(packed.data(), scale.data(), columns, group_size, out.data());
-    for (int64_t i = 0; i < columns; ++i) {
-      const uint32_t index = i % 2 == 0 ? nf4::even_index(bytes[i / 2]) : nf4::odd_index(bytes[i / 2]);
-      const T expected = nf4::decode<T>(index, scales[i / group_size], nf4::kCodebook.level);
-      CHECK(std::memcmp(&out[i], &expected, sizeof(T)) == 0, "%s, group_size %d, column %d of %d: %a, not %a",
-            path.name, int(group_size), int(i), int(columns), nf4::to_float(out[i]), nf4::to_float(expected));
-    }
-  }
+  // All columns, and a part that begins and ends inside a group.
+  const int64_t pairs = columns / 2, middle = pairs == 0 ? 0 : random.bits() % pairs * 2;
+  const int64_t after = middle + (columns == middle ? 0 : random.bits() % ((columns - middle) / 2 + 1) * 2);
+  for (const auto& [first, last] : {std::pair(int64_t{0}, columns), std::pair(middle, after)})
+    for (Place place : kPlaces) check_decode<T>(path, bytes, scales, first, last, group_size, place);
 }
-
 void encode_under(const cpu::Kernels& kernels, const std::vector<float>& w, uint8_t* packed, float* scale) {
   const cpu::DefaultFloatEnvironment environment;
   kernels.encode_float32(w.data(), static_cast<int64_t>(w.size()), static_cast<int64_t>(w.size()), packed, scale);

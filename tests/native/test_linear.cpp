@@ -1,8 +1,10 @@
-// The fused linear kernels against sums in double, what stands around them, and the planner of tiles.
+// The linear layer's kernels against sums in double, and the planner of tiles.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <type_traits>
 
-#include "csrc/cpu/activations.h"
+#include "csrc/cpu/linear.h"
 #include "csrc/nf4/codec.h"
 #include "csrc/nf4/tiles.h"
 #include "tests/native/support.h"
@@ -14,27 +16,19 @@ using namespace squish;
 using nf4::BFloat16;
 using nf4::Float16;
 
-struct Problem {
+struct Weight {
   int64_t rows, columns, group_size;
   std::vector<uint8_t> packed;
   std::vector<float> scales;
 
-  Problem(Random& random, int64_t rows, int64_t columns, int64_t group_size)
+  Weight(Random& random, int64_t rows, int64_t columns, int64_t group_size)
       : rows(rows), columns(columns), group_size(group_size) {
     packed.resize(static_cast<size_t>(rows * columns / 2));
     scales.resize(static_cast<size_t>(rows * columns / group_size));
     for (uint8_t& byte : packed) byte = static_cast<uint8_t>(random.bits());
     for (float& scale : scales) scale = random.between_minus_one_and_one();
   }
-  Problem row(int64_t r) const {
-    Problem one = *this;
-    const int64_t bytes = columns / 2, groups = columns / group_size;
-    one.rows = 1;
-    one.packed.assign(packed.begin() + r * bytes, packed.begin() + (r + 1) * bytes);
-    one.scales.assign(scales.begin() + r * groups, scales.begin() + (r + 1) * groups);
-    return one;
-  }
-  float weight(int64_t row, int64_t column) const {
+  float at(int64_t row, int64_t column) const {
     const int64_t i = row * columns + column;
     const uint8_t byte = packed[i / 2];
     const uint32_t index = i % 2 == 0 ? nf4::even_index(byte) : nf4::odd_index(byte);
@@ -42,91 +36,102 @@ struct Problem {
   }
 };
 
-std::vector<float> split(const Problem& p, const std::vector<float>& x, int64_t m) {
-  std::vector<float> out(x.size());
-  cpu::split_columns(x.data(), m, p.columns, p.columns, p.columns, p.group_size, out.data());
-  return out;
+template <typename T>
+std::vector<T> random_values(Random& random, int64_t count) {
+  std::vector<T> values(static_cast<size_t>(count));
+  for (T& value : values) value = nf4::from_float<T>(random.between_minus_one_and_one());
+  return values;
 }
 
-std::vector<float> multiply(const Path& path, const Problem& p, const std::vector<float>& x, int64_t m, Place place) {
-  Buffer<uint8_t> packed(p.packed, place);
-  Buffer<float> scales(p.scales, place), activations(split(p, x, m), place), y(p.rows * m, place);
-  for (int64_t i = 0; i < p.rows * m; ++i) y.data()[i] = NAN;  // what the kernel leaves unset does not pass
-  path.kernels->linear_rows(packed.data(), scales.data(), p.rows, p.columns, p.group_size, activations.data(), m,
-                            y.data());
-  return {y.data(), y.data() + p.rows * m};
+// x: m rows of d values, `stride` apart. Rows [first, last) of the weight are computed; the others stay untouched.
+template <typename Element, typename T>
+std::vector<T> multiply(const cpu::LinearKernels<Element>& kernels, const Weight& w, const std::vector<T>& x, int64_t m,
+                        int64_t d, int64_t stride, const std::vector<float>& bias, int64_t first, int64_t last,
+                        Place place) {
+  Buffer<uint8_t> packed(w.packed, place);
+  Buffer<float> scales(w.scales, place), added(bias, place);
+  Buffer<T> from(x, place), y(std::vector<T>(static_cast<size_t>(m * w.rows), nf4::from_float<T>(12345.0f)), place);
+  Buffer<Element> activations(m * cpu::padded_columns(kernels, w.columns), place);
+  const int64_t blocks = (m + kernels.block - 1) / kernels.block;
+  for (int64_t block = 0; block < blocks; ++block)  // one by one, as threads share them
+    cpu::pack_activations(kernels, from.data(), m, d, stride, w.columns, block, block + 1, activations.data());
+  const cpu::LinearTask<Element, T> task{kernels,
+                                         packed.data(),
+                                         scales.data(),
+                                         w.columns,
+                                         w.group_size,
+                                         activations.data(),
+                                         m,
+                                         bias.empty() ? nullptr : added.data(),
+                                         y.data(),
+                                         w.rows};
+  Buffer<char> scratch(cpu::linear_scratch_bytes<Element>(m), place);
+  cpu::linear_rows(task, first, last, scratch.data());
+  return {y.data(), y.data() + m * w.rows};
 }
 
-void check_close(const Path& path, const Problem& p, const std::vector<float>& x, int64_t m,
-                 const std::vector<float>& y) {
-  for (int64_t r = 0; r < p.rows; ++r)
-    for (int64_t i = 0; i < m; ++i) {
-      double sum = 0, magnitude = 0;
-      for (int64_t c = 0; c < p.columns; ++c) {
-        const double product = static_cast<double>(p.weight(r, c)) * static_cast<double>(x[i * p.columns + c]);
+template <typename T>
+bool same(const T& a, const T& b) {
+  return std::memcmp(&a, &b, sizeof a) == 0;
+}
+
+template <typename Element, typename T>
+void check_case(const char* path, const cpu::LinearKernels<Element>& kernels, Random& random, int64_t rows,
+                int64_t columns, int64_t group_size, int64_t m, int64_t d, bool with_bias) {
+  const Weight w(random, rows, columns, group_size);
+  const int64_t stride = d + 3;
+  const std::vector<T> x = random_values<T>(random, (m - 1) * stride + d);
+  const std::vector<float> bias = random_values<float>(random, with_bias ? rows : 0);
+  const std::vector<T> y = multiply(kernels, w, x, m, d, stride, bias, 0, rows, Place::kHeap);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t row = 0; row < rows; ++row) {
+      double sum = with_bias ? static_cast<double>(bias[row]) : 0.0, magnitude = std::fabs(sum);
+      for (int64_t column = 0; column < d; ++column) {
+        const auto weight = static_cast<double>(nf4::to_float(nf4::convert<Element>(w.at(row, column))));
+        const double product = weight * static_cast<double>(nf4::to_float(x[i * stride + column]));
         sum += product;
         magnitude += std::fabs(product);
       }
-      // No order of summation in float32 can be further off than this.
-      const double bound = static_cast<double>(p.columns + 1) * 0x1p-24 * magnitude;
-      CHECK(std::fabs(y[r * m + i] - sum) <= bound, "%s, group_size %d, %d columns, m %d: %a, not %a", path.name,
-            int(p.group_size), int(p.columns), int(m), y[r * m + i], sum);
+      // No order of summation in float32 can be further off than the first part; the second is the rounding of y.
+      const double exponent = std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, BFloat16> ? 0x1p-8 : 0x1p-11;
+      const double bound = static_cast<double>(columns + 2) * 0x1p-24 * magnitude + exponent * std::fabs(sum) + 0x1p-24;
+      const auto found = static_cast<double>(nf4::to_float(y[i * rows + row]));
+      CHECK(std::fabs(found - sum) <= bound, "%s, group_size %d, %d of %d columns, m %d: %a, not %a", path,
+            int(group_size), int(d), int(columns), int(m), found, sum);
     }
-}
-
-void check_path(const Path& path, Random& random, int64_t columns, int64_t group_size) {
-  const Problem p(random, 3, columns, group_size);
-  for (int64_t m = 1; m <= cpu::kLinearBatch; ++m) {
-    std::vector<float> x(static_cast<size_t>(m * columns));
-    for (float& value : x) value = random.between_minus_one_and_one();
-    const std::vector<float> all = multiply(path, p, x, m, Place::kHeap);
-    check_close(path, p, x, m, all);
-    // The order of summation depends on the path, m, columns and group_size: not on the address, nor on other rows.
-    CHECK(multiply(path, p, x, m, Place::kBeforeGuard) == all, "%s, m %d", path.name, int(m));
-    CHECK(multiply(path, p, x, m, Place::kAfterGuard) == all, "%s, m %d", path.name, int(m));
-    for (int64_t r = 0; r < p.rows; ++r) {
-      const std::vector<float> y = multiply(path, p.row(r), x, m, Place::kHeap);
-      CHECK(std::equal(y.begin(), y.end(), all.begin() + r * m), "%s: row %d alone, m %d", path.name, int(r), int(m));
+  // The bits depend on neither the address nor the rows that are computed together.
+  for (Place place : {Place::kBeforeGuard, Place::kAfterGuard}) {
+    const std::vector<T> again = multiply(kernels, w, x, m, d, stride, bias, 0, rows, place);
+    CHECK(std::memcmp(again.data(), y.data(), y.size() * sizeof(T)) == 0, "%s, m %d", path, int(m));
+  }
+  for (int64_t first : {int64_t{0}, rows / 3}) {
+    const int64_t last = std::min(rows, first + 5);
+    const std::vector<T> part = multiply(kernels, w, x, m, d, stride, bias, first, last, Place::kHeap);
+    for (int64_t i = 0; i < m * rows; ++i) {
+      const bool computed = i % rows >= first && i % rows < last;
+      CHECK(same(part[i], computed ? y[i] : nf4::from_float<T>(12345.0f)), "%s: row %d of %d to %d, m %d", path,
+            int(i % rows), int(first), int(last), int(m));
     }
   }
 }
 
-template <typename T>
-void check_split(Random& random, int64_t m, int64_t d, int64_t columns, int64_t group_size, int64_t stride) {
-  std::vector<T> x(static_cast<size_t>((m - 1) * stride + d));
-  for (T& value : x) value = nf4::from_float<T>(random.between_minus_one_and_one());
-  const int64_t block = cpu::activation_block(m, columns, group_size);
-  for (Place place : kPlaces) {
-    Buffer<T> from(x, place);
-    Buffer<float> out(m * columns, place);
-    cpu::split_columns(from.data(), m, d, stride, columns, group_size, out.data());
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t c = 0; c < columns; ++c) {
-        const int64_t start = c / block * block, in_block = std::min(block, columns - start), at = c - start;
-        const float found = out[m * start + i * in_block + (at % 2 == 0 ? at / 2 : in_block / 2 + at / 2)];
-        const float expected = c < d ? nf4::to_float(x[i * stride + c]) : 0.0f;
-        CHECK(found == expected, "d %d of %d, column %d: %a, not %a", int(d), int(columns), int(c), found, expected);
+// Sizes around every threshold of the kernels: few and many activations, blocks, steps, chunks, padding, odd groups.
+template <typename Element, typename T>
+void check_path(const char* path, const cpu::LinearKernels<Element>& kernels, Random& random) {
+  for (int64_t group_size : {1, 2, 3, 4, 6, 8, 16, 30, 32, 64, 96, 100, 128}) {
+    const int64_t block = std::lcm(int64_t{2}, group_size);
+    for (int64_t blocks : {int64_t{1}, int64_t{3}, (256 + block - 1) / block})
+      for (int64_t m : {1, 3, 7}) {
+        check_case<Element, T>(path, kernels, random, 7, blocks * block, group_size, m, blocks * block, m == 3);
+        check_case<Element, T>(path, kernels, random, 4, blocks * block, group_size, m, blocks * block - 1, false);
       }
   }
-}
-
-template <typename T>
-void check_add_bias(Random& random, int64_t rows, int64_t m, int64_t stride, bool with_bias) {
-  std::vector<float> y(static_cast<size_t>(rows * m)), bias(static_cast<size_t>(rows));
-  for (float& value : y) value = random.between_minus_one_and_one();
-  for (float& value : bias) value = random.between_minus_one_and_one();
-  const T untouched = nf4::from_float<T>(12345.0f);
-  for (Place place : kPlaces) {
-    Buffer<float> from(y, place), added(bias, place);
-    Buffer<T> out(std::vector<T>(static_cast<size_t>((m - 1) * stride + rows), untouched), place);
-    cpu::add_bias(from.data(), with_bias ? added.data() : nullptr, rows, m, stride, out.data());
-    for (int64_t at = 0; at < (m - 1) * stride + rows; ++at) {
-      const int64_t i = at / stride, r = at % stride;
-      const float sum = r < rows ? y[r * m + i] + (with_bias ? bias[r] : 0.0f) : 0.0f;
-      const T expected = r < rows ? nf4::from_float<T>(sum) : untouched;
-      CHECK(nf4::to_float(out[at]) == nf4::to_float(expected), "row %d of activation %d", int(r), int(i));
-    }
-  }
+  for (int64_t m : {1, 2, 3, 4, 5, 6, 8, 12, 13, 47, 48, 50})
+    for (int64_t rows : {1, 4, 70}) check_case<Element, T>(path, kernels, random, rows, 192, 64, m, 192, true);
+  for (int64_t m : {1, 8, 49})  // more columns than a chunk, whole groups and not
+    for (int64_t group_size : {2, 40, 64, 4800})
+      check_case<Element, T>(path, kernels, random, 9, 4800, group_size, m, 4790, true);
+  check_case<Element, T>(path, kernels, random, 5, 0, 64, 3, 0, true);
 }
 
 }  // namespace
@@ -134,27 +139,14 @@ void check_add_bias(Random& random, int64_t rows, int64_t m, int64_t stride, boo
 void check_linear() {
   Random random;
   for (const Path& path : available_paths()) {
-    for (int64_t group_size : {2, 4, 6, 16, 30, 32, 34, 64, 96, 100})
-      for (int64_t groups : {0, 1, 3}) check_path(path, random, groups * group_size, group_size);
-    // More columns than one block of activations takes, the last block shorter.
-    check_path(path, random, 2 * 1031, 2);
-    check_path(path, random, 32 * 41, 32);
-    check_path(path, random, 9000 * 2, 9000);
-  }
-  for (int64_t columns : {0, 2, 32, 66, 2062, 16392})
-    for (int64_t d = columns; d >= 0 && d > columns - 4; --d)
-      for (int64_t m : {1, 3, 8}) {
-        check_split<float>(random, m, d, columns, 2, d + 5);
-        check_split<BFloat16>(random, m, d, columns, 2, d);
-        check_split<Float16>(random, m, d, columns, columns == 0 ? 4 : columns, d + 1);
-      }
-  check_split<float>(random, 8, 2100, 4000, 800, 4000);  // padding over more than one block
-  for (bool with_bias : {false, true})
-    for (int64_t rows : {1, 7, 32}) {
-      check_add_bias<float>(random, rows, 3, rows + 2, with_bias);
-      check_add_bias<BFloat16>(random, rows, 8, rows, with_bias);
-      check_add_bias<Float16>(random, rows, 1, rows + 1, with_bias);
+    if (path.linear_bfloat16 != nullptr) {
+      check_path<BFloat16, BFloat16>(path.name, *path.linear_bfloat16, random);
+      continue;  // everything else is the path's before it
     }
+    check_path<float, float>(path.name, path.kernels->linear, random);
+    check_path<float, BFloat16>(path.name, path.kernels->linear, random);
+    check_path<float, Float16>(path.name, path.kernels->linear, random);
+  }
 }
 
 // A tile keeps to the budget (or is a single row), and the tiles cover the rows exactly, so that a weight larger than

@@ -5,16 +5,17 @@
 #include <vector>
 
 #include "csrc/c/squish_nf4.h"
-#include "csrc/cpu/activations.h"
-#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/linear.h"
 
 int main(int argc, char** argv) {
   constexpr int64_t n = 64, d = 96, group_size = 32, threads = 4;
   const bool race = argc > 1 && std::strcmp(argv[1], "race") == 0;
-  std::vector<float> w(n * d), decoded(n * d), scales(n * d / group_size), x(d), split(d), y(n);
+  std::vector<float> w(n * d), decoded(n * d), scales(n * d / group_size), x(d), y(n);
   std::vector<uint8_t> packed(n * d / 2);
   for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(i % 37) - 18.0f;
-  squish::cpu::split_columns(x.data(), 1, d, d, d, group_size, split.data());
+  const squish::cpu::LinearKernels<float>& linear = squish::cpu::selection().kernels->linear;
+  std::vector<float> activations(squish::cpu::padded_columns(linear, d));
+  squish::cpu::pack_activations(linear, x.data(), 1, d, d, d, 0, 1, activations.data());
   std::vector<std::thread> pool;
   for (int64_t t = 0; t < threads; ++t) {
     pool.emplace_back([&, t] {
@@ -23,9 +24,10 @@ int main(int argc, char** argv) {
                           scales.data());
       squish_nf4_dequantize(packed.data(), scales.data(), n, d, group_size, first, last, SQUISH_NF4_FLOAT32,
                             decoded.data());
-      squish::cpu::selection().kernels->linear_rows(packed.data() + first * d / 2,
-                                                    scales.data() + first * d / group_size, last - first, d, group_size,
-                                                    split.data(), 1, y.data() + first);
+      const squish::cpu::LinearTask<float, float> task{
+          linear, packed.data(), scales.data(), d, group_size, activations.data(), 1, nullptr, y.data(), n};
+      std::vector<char> scratch(squish::cpu::linear_scratch_bytes<float>(1));
+      squish::cpu::linear_rows(task, first, last, scratch.data());
     });
   }
   for (std::thread& thread : pool) thread.join();
