@@ -94,12 +94,19 @@ def test_objects_hold_the_instructions_of_their_path_and_no_others(objects: dict
     assert found.pop("avx512") == {"scalar", "avx2", "avx512"}
     assert found.pop("avx512_bf16") == {"scalar", "avx2", "avx512"}
     assert found.pop("avx2") == {"scalar", "avx2"}
+    assert found.pop("avx2_int16") == {"scalar", "avx2"}
     assert {"scalar", "dispatch", "linear"} <= set(found)
     assert set.union(*found.values()) == {"scalar"}, found
 
 
 @pytest.mark.parametrize(
-    ("name", "loop"), [("avx2", "encode_groups"), ("avx512", "encode_groups"), ("avx512_bf16", "multiply_rows")]
+    ("name", "loop"),
+    [
+        ("avx2", "encode_groups"),
+        ("avx512", "encode_groups"),
+        ("avx512_bf16", "multiply_rows"),
+        ("avx2_int16", "multiply_row"),
+    ],
 )
 def test_vector_objects_define_no_function_that_the_linker_could_share(
     objects: dict[str, Path], name: str, loop: str

@@ -181,7 +181,7 @@ template <typename Element, typename T>
 void multiply(const cpu::LinearKernels<Element>& linear, const Tensor& x, const Tensor& packed, const Tensor& scales,
               const float* bias, int64_t group_size, const Tensor& y) {
   const int64_t d = x.size(x.dim() - 1), n = packed.size(0), m = y.numel() / n, columns = packed.size(1) * 2;
-  const int64_t floats = m * cpu::padded_columns(linear, columns) * int64_t{sizeof(Element)} / 4;
+  const int64_t floats = m * cpu::packed_elements(linear, columns) * int64_t{sizeof(Element)} / 4;
   const Tensor buffer = empty({floats}, ScalarType::Float, x);
   auto* activations = static_cast<Element*>(buffer.mutable_data_ptr());
   {

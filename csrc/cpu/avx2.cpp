@@ -9,6 +9,7 @@
 #include "csrc/nf4/codec.h"
 
 SQUISH_TARGET_REGION("avx2,fma,f16c")
+#include "csrc/cpu/avx2.h"
 #include "csrc/cpu/group_loops.h"
 #include "csrc/cpu/linear_loops.h"
 
@@ -197,10 +198,7 @@ struct Avx2Floats {
   static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
   static void store(float* to, __m256 x) { _mm256_storeu_ps(to, x); }
   static Sum multiply_add(__m256 a, __m256 b, Sum sum) { return _mm256_fmadd_ps(a, b, sum); }
-  static Four totals(Sum a, Sum b, Sum c, Sum d) {
-    const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
-  }
+  static Four totals(Sum a, Sum b, Sum c, Sum d) { return avx2::totals(a, b, c, d); }
 };
 
 }  // namespace

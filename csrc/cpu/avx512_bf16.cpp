@@ -75,7 +75,11 @@ struct Avx512BFloats {
 }  // namespace
 
 constinit const LinearKernels<BFloat16> kAvx512Bf16Linear = {
-    2 * Avx512BFloats::kLanes,     Avx512BFloats::kBlock, &fits<Avx512BFloats>, {&pack_rows<Avx512BFloats, BFloat16>},
+    2 * Avx512BFloats::kLanes,
+    2 * Avx512BFloats::kLanes,
+    Avx512BFloats::kBlock,
+    &fits<Avx512BFloats>,
+    {&pack_rows<Avx512BFloats, BFloat16>},
     &multiply_rows<Avx512BFloats>,
 };
 

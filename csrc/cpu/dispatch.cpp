@@ -64,8 +64,16 @@ const LinearKernels<BFloat16>* linear_bfloat16_of(Isa isa) {
   return nullptr;
 }
 
+const LinearKernels<int16_t>* linear_int16_of(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx2) return &kAvx2Int16Linear;
+#endif
+  (void)isa;
+  return nullptr;
+}
+
 Selection selection_of(Isa isa, std::string error = "") {
-  return {&kernels_of(isa), linear_bfloat16_of(isa), isa, has_amx_bf16(), std::move(error)};
+  return {&kernels_of(isa), linear_bfloat16_of(isa), linear_int16_of(isa), isa, has_amx_bf16(), std::move(error)};
 }
 
 Selection select() {

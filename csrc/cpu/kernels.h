@@ -39,8 +39,13 @@ struct RowRuns {
   int64_t rows;
 };
 
+// The rows of a run follow each other in memory, so what comes next is always ahead, also while a decoded chunk is
+// being multiplied and nothing is read.
+inline constexpr int64_t kPrefetchBytes = 1024;
+
 // Lays out a block of activations, 1 <= m <= `block` of LinearKernels, as Multiply reads them.
-//   x: m rows of d values, `stride` apart. out: m * columns elements, `columns` being rounded up to whole steps.
+//   x: m rows of d values, `stride` apart. out: m * columns elements (step_elements for `step` columns), `columns`
+//   being rounded up to whole steps.
 // Columns from d on get zeros: they are the weight's padding.
 template <typename T, typename Element>
 using Pack = void (*)(const T* x, int64_t m, int64_t d, int64_t stride, int64_t columns, Element* out);
@@ -80,9 +85,16 @@ struct Packs<BFloat16> {
   Pack<BFloat16, BFloat16> from_bfloat16;
 };
 
+template <>
+struct Packs<int16_t> {
+  Pack<BFloat16, int16_t> from_bfloat16;
+  Pack<Float16, int16_t> from_float16;
+};
+
 template <typename Element>
 struct LinearKernels {
   int64_t step;                                       // columns
+  int64_t step_elements;                              // what a packed activation takes for a step
   int64_t block;                                      // activations
   bool (*fits)(int64_t columns, int64_t group_size);  // false: right all the same, but decoded by a slow detour
   Packs<Element> pack;
@@ -126,6 +138,9 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;                       // x86-64 only
 extern const Kernels kAvx512Kernels;                     // x86-64 only
 extern const LinearKernels<BFloat16> kAvx512Bf16Linear;  // x86-64 only
+// Up to kMostInt16Activations finite 16-bit activations, for what it `fits` alone: there is no detour. x86-64 only.
+inline constexpr int kMostInt16Activations = 4;
+extern const LinearKernels<int16_t> kAvx2Int16Linear;
 
 // Ascending: a path runs on a CPU that has everything the ones before it need.
 enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
@@ -133,6 +148,7 @@ enum class Isa : int { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 struct Selection {
   const Kernels* kernels;                          // never null
   const LinearKernels<BFloat16>* linear_bfloat16;  // null where the processor does not multiply bfloat16
+  const LinearKernels<int16_t>* linear_int16;      // null but on the AVX2 path
   Isa isa;
   bool has_amx;       // bfloat16 tiles (AMX_BF16): not used here, but by the library that torch multiplies with
   std::string error;  // not empty: SQUISH_NF4_ISA names something unknown or missing, and nothing may be computed

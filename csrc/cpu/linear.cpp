@@ -40,9 +40,9 @@ void multiply(const LinearTask<Element, T>& task, const Stretch& stretch, Elemen
 template <typename Element, typename T>
 void pack_activations(const LinearKernels<Element>& kernels, const T* x, int64_t m, int64_t d, int64_t stride,
                       int64_t columns, int64_t first, int64_t last, Element* out) {
-  const int64_t padded = padded_columns(kernels, columns);
+  const int64_t elements = packed_elements(kernels, columns), padded = elements / kernels.step_elements * kernels.step;
   for (int64_t i = first * kernels.block; i < std::min(m, last * kernels.block); i += kernels.block)
-    pack_kernel<T>(kernels)(x + i * stride, std::min(kernels.block, m - i), d, stride, padded, out + i * padded);
+    pack_kernel<T>(kernels)(x + i * stride, std::min(kernels.block, m - i), d, stride, padded, out + i * elements);
 }
 
 template <typename Element, typename T>
@@ -70,6 +70,8 @@ SQUISH_LINEAR(float, float)
 SQUISH_LINEAR(float, BFloat16)
 SQUISH_LINEAR(float, Float16)
 SQUISH_LINEAR(BFloat16, BFloat16)
+SQUISH_LINEAR(int16_t, BFloat16)
+SQUISH_LINEAR(int16_t, Float16)
 #undef SQUISH_LINEAR
 
 }  // namespace squish::cpu

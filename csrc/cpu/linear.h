@@ -21,14 +21,14 @@ struct LinearTask {
   int64_t y_stride;
 };
 
-// The columns of packed activations.
+// Elements of one packed activation.
 template <typename Element>
-int64_t padded_columns(const LinearKernels<Element>& kernels, int64_t columns) {
-  return (columns + kernels.step - 1) / kernels.step * kernels.step;
+int64_t packed_elements(const LinearKernels<Element>& kernels, int64_t columns) {
+  return (columns + kernels.step - 1) / kernels.step * kernels.step_elements;
 }
 
 // Packs blocks [first, last) of m activations, as many as kernels.block each. x: rows of d values, `stride` apart.
-// out: m * padded_columns elements, on 64 bytes.
+// out: m * packed_elements, on 64 bytes.
 template <typename Element, typename T>
 void pack_activations(const LinearKernels<Element>& kernels, const T* x, int64_t m, int64_t d, int64_t stride,
                       int64_t columns, int64_t first, int64_t last, Element* out);

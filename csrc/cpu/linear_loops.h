@@ -70,10 +70,6 @@ static inline RowOfEachRun row_of_each_run(const RowRuns& runs, int64_t row, int
   return rows;
 }
 
-// The rows of a run follow each other in memory, so what comes next is always ahead, also while a decoded chunk is
-// being multiplied and nothing is read.
-inline constexpr int64_t kPrefetchBytes = 1024;
-
 // Calls use(run, levels, column) for every step of columns [first, last): runs innermost, so that four streams of
 // memory are read side by side. Levels: V::OneGroup if a group is whole steps, V::SomeGroups if a step is whole groups.
 template <class V, class Levels, typename Use>
@@ -235,6 +231,7 @@ void multiply_rows(const RowRuns& runs, int64_t columns, int64_t group_size, con
 template <class V>
 constexpr LinearKernels<float> linear_kernels_of() {
   return {2 * V::kLanes,
+          2 * V::kLanes,
           V::kBlock,
           &fits<V>,
           {&pack_rows<V, float>, &pack_rows<V, BFloat16>, &pack_rows<V, Float16>},

@@ -24,7 +24,7 @@ template <typename Element, typename T>
 void multiply(const cpu::LinearKernels<Element>& kernels, const Tensor& x, const Tensor& packed, const Tensor& scales,
               const float* bias, int64_t group_size, const Tensor& y) {
   const int64_t m = x.size(0), d = x.size(1), n = packed.size(0), columns = packed.size(1) * 2;
-  const int64_t padded = cpu::padded_columns(kernels, columns);
+  const int64_t padded = cpu::packed_elements(kernels, columns);
   const int64_t bytes = std::max<int64_t>(padded, 1) * int64_t{sizeof(Element)};
   const int64_t stretch = std::max<int64_t>(1, kActivationBytes / bytes / kernels.block) * kernels.block;
   const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(std::min(m, stretch) * bytes);
@@ -82,6 +82,32 @@ bool aten_multiplies(const cpu::Selection& path, const Tensor& x, const Tensor& 
          (!bias.defined() || bias.scalar_type() == at::kBFloat16) && m >= (path.has_amx ? 32 : 1024);
 }
 
+template <typename T>
+bool all_finite(const Tensor& x) {
+  const T* values = static_cast<const T*>(x.const_data_ptr());
+  bool finite = true;
+  for (int64_t row = 0; row < x.size(0); ++row)
+    for (int64_t i = row * x.stride(0); i < row * x.stride(0) + x.size(1); ++i)
+      finite &= (nf4::bits_of(nf4::to_float(values[i])) & nf4::kMagnitudeMask) < nf4::kInfinityBits;
+  return finite;
+}
+
+// y by the fastest kernels that this processor has for T, m and these groups.
+template <typename T>
+void multiply_in_the_fastest_type(const cpu::Selection& path, const Tensor& x, const Tensor& packed,
+                                  const Tensor& scales, const float* bias, int64_t group_size, const Tensor& y) {
+  const auto fits = [&](const auto* kernels) {
+    return kernels != nullptr && kernels->fits(packed.size(1) * 2, group_size);
+  };
+  if constexpr (std::is_same_v<T, nf4::BFloat16>)
+    if (fits(path.linear_bfloat16))
+      return multiply<T, T>(*path.linear_bfloat16, x, packed, scales, bias, group_size, y);
+  if constexpr (!std::is_same_v<T, float>)
+    if (x.size(0) <= cpu::kMostInt16Activations && fits(path.linear_int16) && all_finite<T>(x))
+      return multiply<int16_t, T>(*path.linear_int16, x, packed, scales, bias, group_size, y);
+  multiply<float, T>(path.kernels->linear, x, packed, scales, bias, group_size, y);
+}
+
 Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
                   int64_t group_size) {
   at::AutoDispatchBelowADInplaceOrView below;
@@ -102,11 +128,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   const Tensor added32 = added.defined() ? added.contiguous().to(at::kFloat) : Tensor();
   const float* bias_values = added.defined() ? added32.const_data_ptr<float>() : nullptr;
   with_storage_type(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    if constexpr (std::is_same_v<T, nf4::BFloat16>)
-      if (path.linear_bfloat16 != nullptr && path.linear_bfloat16->fits(packed.size(1) * 2, group_size))
-        return multiply<nf4::BFloat16, T>(*path.linear_bfloat16, activations, bytes, scale, bias_values, group_size, y);
-    multiply<float, T>(path.kernels->linear, activations, bytes, scale, bias_values, group_size, y);
+    multiply_in_the_fastest_type<decltype(zero)>(path, activations, bytes, scale, bias_values, group_size, y);
   });
   return result;
 }

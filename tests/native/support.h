@@ -90,12 +90,13 @@ struct Path {
   const char* name;
   const squish::cpu::Kernels* kernels;
   const squish::cpu::LinearKernels<squish::nf4::BFloat16>* linear_bfloat16 = nullptr;
+  const squish::cpu::LinearKernels<int16_t>* linear_int16 = nullptr;
 };
 inline std::vector<Path> available_paths() {
   using namespace squish::cpu;
   std::vector<Path> paths = {{"scalar", &kScalarKernels}};
 #if defined(__x86_64__)
-  if (selection().isa >= Isa::kAvx2) paths.push_back({"avx2", &kAvx2Kernels});
+  if (selection().isa >= Isa::kAvx2) paths.push_back({"avx2", &kAvx2Kernels, nullptr, &kAvx2Int16Linear});
   if (selection().isa >= Isa::kAvx512) paths.push_back({"avx512", &kAvx512Kernels});
   if (selection().isa >= Isa::kAvx512Bf16) paths.push_back({"avx512_bf16", &kAvx512Kernels, &kAvx512Bf16Linear});
 #endif

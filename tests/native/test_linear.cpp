@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 
 #include "csrc/cpu/linear.h"
 #include "csrc/nf4/codec.h"
@@ -28,6 +29,7 @@ struct Weight {
     for (uint8_t& byte : packed) byte = static_cast<uint8_t>(random.bits());
     for (float& scale : scales) scale = random.between_minus_one_and_one();
   }
+  float scale(int64_t row, int64_t column) const { return scales[(row * columns + column) / group_size]; }
   float at(int64_t row, int64_t column) const {
     const int64_t i = row * columns + column;
     const uint8_t byte = packed[i / 2];
@@ -51,7 +53,7 @@ std::vector<T> multiply(const cpu::LinearKernels<Element>& kernels, const Weight
   Buffer<uint8_t> packed(w.packed, place);
   Buffer<float> scales(w.scales, place), added(bias, place);
   Buffer<T> from(x, place), y(std::vector<T>(static_cast<size_t>(m * w.rows), nf4::from_float<T>(12345.0f)), place);
-  Buffer<Element> activations(m * cpu::padded_columns(kernels, w.columns), place);
+  Buffer<Element> activations(m * cpu::packed_elements(kernels, w.columns), place);
   const int64_t blocks = (m + kernels.block - 1) / kernels.block;
   for (int64_t block = 0; block < blocks; ++block)  // one by one, as threads share them
     cpu::pack_activations(kernels, from.data(), m, d, stride, w.columns, block, block + 1, activations.data());
@@ -70,6 +72,17 @@ std::vector<T> multiply(const cpu::LinearKernels<Element>& kernels, const Weight
   return {y.data(), y.data() + m * w.rows};
 }
 
+// Half a unit of a level and half a unit of an activation, of magnitudes up to 1 (csrc/cpu/avx2_int16.cpp).
+constexpr double kInt16Error = 0.5 / 16384 + 0.5 / 8191 + 1e-8;
+
+template <typename Element>
+double rounded(float weight) {
+  if constexpr (std::is_same_v<Element, int16_t>)
+    return static_cast<double>(weight);
+  else
+    return static_cast<double>(nf4::to_float(nf4::convert<Element>(weight)));
+}
+
 template <typename T>
 bool same(const T& a, const T& b) {
   return std::memcmp(&a, &b, sizeof a) == 0;
@@ -85,16 +98,19 @@ void check_case(const char* path, const cpu::LinearKernels<Element>& kernels, Ra
   const std::vector<T> y = multiply(kernels, w, x, m, d, stride, bias, 0, rows, Place::kHeap);
   for (int64_t i = 0; i < m; ++i)
     for (int64_t row = 0; row < rows; ++row) {
-      double sum = with_bias ? static_cast<double>(bias[row]) : 0.0, magnitude = std::fabs(sum);
+      double sum = with_bias ? static_cast<double>(bias[row]) : 0.0, magnitude = std::fabs(sum), coarse = 0;
       for (int64_t column = 0; column < d; ++column) {
-        const auto weight = static_cast<double>(nf4::to_float(nf4::convert<Element>(w.at(row, column))));
+        const double weight = rounded<Element>(w.at(row, column));
         const double product = weight * static_cast<double>(nf4::to_float(x[i * stride + column]));
         sum += product;
         magnitude += std::fabs(product);
+        if (std::is_same_v<Element, int16_t>)
+          coarse += std::fabs(static_cast<double>(w.scale(row, column))) * kInt16Error;
       }
       // No order of summation in float32 can be further off than the first part; the second is the rounding of y.
       const double exponent = std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, BFloat16> ? 0x1p-8 : 0x1p-11;
-      const double bound = static_cast<double>(columns + 2) * 0x1p-24 * magnitude + exponent * std::fabs(sum) + 0x1p-24;
+      const double bound =
+          static_cast<double>(columns + 2) * 0x1p-24 * magnitude + exponent * std::fabs(sum) + coarse + 0x1p-24;
       const auto found = static_cast<double>(nf4::to_float(y[i * rows + row]));
       CHECK(std::fabs(found - sum) <= bound, "%s, group_size %d, %d of %d columns, m %d: %a, not %a", path,
             int(group_size), int(d), int(columns), int(m), found, sum);
@@ -134,11 +150,30 @@ void check_path(const char* path, const cpu::LinearKernels<Element>& kernels, Ra
   check_case<Element, T>(path, kernels, random, 5, 0, 64, 3, 0, true);
 }
 
+template <typename T>
+void check_int16(const char* path, const cpu::LinearKernels<int16_t>& kernels, Random& random) {
+  for (int64_t group_size : {32, 64, 128, 192})
+    for (int64_t groups : {2, 6, 40})
+      for (int64_t m : {1, 2, 3, 4}) {
+        const int64_t columns = groups * group_size;
+        CHECK(kernels.fits(columns, group_size), "%d columns, group_size %d", int(columns), int(group_size));
+        check_case<int16_t, T>(path, kernels, random, 7, columns, group_size, m, columns, m == 3);
+        check_case<int16_t, T>(path, kernels, random, 4, columns, group_size, m, columns - 31, false);
+      }
+  for (const auto& [columns, group_size] :
+       {std::pair(96, 32), std::pair(128, 16), std::pair(192, 96), std::pair(100, 50)})
+    CHECK(!kernels.fits(columns, group_size), "%d columns, group_size %d", columns, group_size);
+}
+
 }  // namespace
 
 void check_linear() {
   Random random;
   for (const Path& path : available_paths()) {
+    if (path.linear_int16 != nullptr) {
+      check_int16<BFloat16>(path.name, *path.linear_int16, random);
+      check_int16<Float16>(path.name, *path.linear_int16, random);
+    }
     if (path.linear_bfloat16 != nullptr) {
       check_path<BFloat16, BFloat16>(path.name, *path.linear_bfloat16, random);
       continue;  // everything else is the path's before it
