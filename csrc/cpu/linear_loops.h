@@ -70,6 +70,8 @@ static inline RowOfEachRun row_of_each_run(const RowRuns& runs, int64_t row, int
   return rows;
 }
 
+static inline int64_t byte_of(int64_t column) { return static_cast<int64_t>(static_cast<uint64_t>(column) / 2); }
+
 // Calls use(run, levels, column) for every step of columns [first, last): runs innermost, so that four streams of
 // memory are read side by side. Levels: V::OneGroup if a group is whole steps, V::SomeGroups if a step is whole groups.
 template <class V, class Levels, typename Use>
@@ -91,7 +93,7 @@ inline void for_each_step(const RowOfEachRun& rows, int64_t first, int64_t last,
     }
     for (const int64_t end = std::min(stop, last); column < end; column += kStep)
       for (int run = 0; run < kRuns; ++run) {
-        __builtin_prefetch(rows.packed[run] + column / 2 + kPrefetchBytes);
+        __builtin_prefetch(rows.packed[run] + byte_of(column) + kPrefetchBytes);
         use(run, levels[run], column);
       }
   }
@@ -128,7 +130,7 @@ void multiply_few(const RowOfEachRun& rows, int64_t columns, int64_t group_size,
     for (int run = 0; run < kRuns; ++run) sum[i][run] = V::zero();
   const auto use = [&](int run, const Levels& levels, int64_t column) __attribute__((always_inline)) {
     typename V::Operand even, odd;
-    V::decode(rows.packed[run] + column / 2, levels, even, odd);
+    V::decode(rows.packed[run] + byte_of(column), levels, even, odd);
     const typename V::Element* xi = x + column * M;
     for (int i = 0; i < M; ++i, xi += V::kLanes) {
       sum[i][run] = V::multiply_add(even, V::load(xi), sum[i][run]);
@@ -147,7 +149,7 @@ void decode_rows(const RowOfEachRun& rows, int64_t first, int64_t last, int64_t 
     using Levels = decltype(levels_type);
     const auto use = [&](int run, const Levels& levels, int64_t column) __attribute__((always_inline)) {
       typename V::Operand even, odd;
-      V::decode(rows.packed[run] + column / 2, levels, even, odd);
+      V::decode(rows.packed[run] + byte_of(column), levels, even, odd);
       typename V::Element* to = out + (column - first) * kRuns + run * V::kLanes;
       V::store(to, even);
       V::store(to + kRuns * V::kLanes, odd);

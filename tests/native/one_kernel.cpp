@@ -1,0 +1,40 @@
+// Runs one kernel of one CPU path inside run(), where callgrind counts: scalar|avx2 quantize|dequantize|linear.
+// 64 rows of 1024 float32 columns in groups of 32; linear takes one activation.
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "csrc/cpu/kernels.h"
+
+namespace {
+
+using namespace squish;
+
+constexpr int64_t kRows = 64, kColumns = 1024, kGroup = 32;
+alignas(64) uint8_t packed[kRows * kColumns / 2];
+alignas(64) float scales[kRows * kColumns / kGroup], dense[kRows * kColumns], sums[kRows];
+alignas(64) float x[kColumns], scratch[cpu::linear_scratch<float>(1, kRows / cpu::kRuns)];
+
+void linear(const cpu::Kernels& kernels) {
+  cpu::RowRuns runs;
+  runs.rows = kRows / cpu::kRuns;
+  for (int run = 0; run < cpu::kRuns; ++run) {
+    runs.packed[run] = packed + run * runs.rows * kColumns / 2;
+    runs.scales[run] = scales + run * runs.rows * kColumns / kGroup;
+  }
+  kernels.linear.multiply(runs, kColumns, kGroup, x, 1, scratch, sums);
+}
+
+}  // namespace
+
+extern "C" __attribute__((noinline)) void run(const cpu::Kernels& kernels, const std::string& what) {
+  if (what == "quantize") kernels.encode_float32(dense, kRows * kColumns, kGroup, packed, scales);
+  if (what == "dequantize") kernels.decode_float32(packed, scales, 0, kRows * kColumns, kGroup, dense);
+  if (what == "linear") linear(kernels);
+}
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  for (int64_t i = 0; i < kRows * kColumns; ++i) dense[i] = static_cast<float>(i * 7919 % 65536 - 32768);
+  run(argv[1] == std::string("avx2") ? cpu::kAvx2Kernels : cpu::kScalarKernels, argv[2]);
+}
