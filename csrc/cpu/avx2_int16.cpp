@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kStep = 64;
 constexpr int kMostActivations = kMostInt16Activations;
 constexpr int64_t kScaleElements = sizeof(float) / sizeof(int16_t);  // after the activations of each step: their scale
-constexpr int32_t kLevelOne = 1 << 14, kActivationOne = (1 << 13) - 1;
+constexpr int32_t kLevelOne = 1 << 14, kActivationOne = 1 << 13;     // powers of two: small whole numbers are exact
 static_assert(int64_t{8} * kLevelOne * kActivationOne < int64_t{1} << 31, "eight products fit an int32");
 
 constexpr std::array<uint8_t, 16> bytes_of_levels(int shift) {
@@ -82,7 +82,10 @@ inline __m256 multiply(const Levels& levels, const int16_t* x) {
 }
 
 // Of the step's columns 2j, or 2j + 1, in the order in which `multiply` unpacks them: bytes 0-7, 16-23, 8-15, 24-31.
-constexpr int64_t place_of(int64_t j) { return (j & 7) | (j & 8) << 1 | (j & 16) >> 1; }
+constexpr int64_t place_of(int64_t j) {
+  constexpr int64_t kQuarters[] = {0, 2, 1, 3};
+  return kQuarters[j / 8] * 8 + j % 8;
+}
 
 template <typename T>
 void pack(const T* x, int64_t, int64_t d, int64_t, int64_t columns, int16_t* out) {  // a block is one activation

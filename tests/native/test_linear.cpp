@@ -73,7 +73,7 @@ std::vector<T> multiply(const cpu::LinearKernels<Element>& kernels, const Weight
 }
 
 // Half a unit of a level and half a unit of an activation, of magnitudes up to 1 (csrc/cpu/avx2_int16.cpp).
-constexpr double kInt16Error = 0.5 / 16384 + 0.5 / 8191 + 1e-8;
+constexpr double kInt16Error = 0.5 / 16384 + 0.5 / 8192 + 1e-8;
 
 template <typename Element>
 double rounded(float weight) {
