@@ -15,15 +15,11 @@ import nox
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "build" / "compatibility"
-# Each minor version of torch with both compilers, and each Python.
+# Each minor version of torch, each Python and both compilers; make test has the pinned torch with Python 3.11 and g++.
 MATRIX = [
     ("3.10", "2.11.0", "g++"),
-    ("3.11", "2.11.0", "clang++"),
-    ("3.11", "2.12.1", "g++"),
-    ("3.12", "2.12.1", "clang++"),
+    ("3.11", "2.12.1", "clang++"),
     ("3.11", "2.13.0+cpu", "g++"),
-    ("3.11", "2.13.0+cpu", "clang++"),
-    ("3.11", "2.14.1", "g++"),
     ("3.12", "2.14.1", "clang++"),
     ("3.13", "2.15.0", "g++"),
     ("3.11", "2.15.0", "clang++"),
