@@ -15,7 +15,10 @@ Layer = Callable[[Tensor], Bound]
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight as a peer stores it. decoded: float32 (n, d), the weights it computes with. copy: another in memory."""
+    """A weight as a peer stores it.
+
+    decoded: float32 (n, d), the weights it computes with. nbytes: what one call touches. copy: another in memory.
+    """
 
     decoded: Tensor
     nbytes: int
@@ -31,11 +34,16 @@ class Codec:
 
 
 class Peer:
-    """One library. name: as the tables call it. package, module: what pip and Python call it; None if always there."""
+    """One library.
+
+    name: as the tables call it. package, module: what pip and Python call it; None if it is always there. slow: so
+    slow in products that it takes part in a few cases only.
+    """
 
     name: str
     package: str | None = None
     module: str | None = None
+    slow = False
 
     def missing(self) -> bool:
         return self.module is not None and find_spec(self.module) is None

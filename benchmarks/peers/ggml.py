@@ -131,15 +131,9 @@ class Library:
         folder = next(package.glob("lib*/libggml-base.so")).parent
         self.base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
         self.cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
-        for name in (
-            "ggml_init ggml_new_tensor_2d ggml_mul_mat ggml_new_graph_custom ggml_get_data "
-            "ggml_backend_alloc_ctx_tensors_from_buft"
-        ).split():
+        for name in ["ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph_custom", "ggml_get_data", "ggml_backend_alloc_ctx_tensors_from_buft"]:
             getattr(self.base, name).restype = ctypes.c_void_p
-        for name in (
-            "ggml_backend_cpu_init ggml_backend_cpu_buffer_type ggml_threadpool_new "
-            "_Z35ggml_backend_cpu_repack_buffer_typev"
-        ).split():
+        for name in ["ggml_backend_cpu_init", "ggml_backend_cpu_buffer_type", "ggml_threadpool_new", "_Z35ggml_backend_cpu_repack_buffer_typev"]:
             getattr(self.cpu, name).restype = ctypes.c_void_p
         self.base.ggml_init.argtypes = [InitParams]
         self.quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)

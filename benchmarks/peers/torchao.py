@@ -20,6 +20,7 @@ class TorchAO(Peer):
     name = "torchao NF4"
     package = "torchao"
     module = "torchao"
+    slow = True
 
     def linear(self, w: Tensor, dtype: torch.dtype, group_size: int, *, training: bool = False) -> Linear | None:
         if w.numel() % (group_size * GROUPS_PER_SCALE):
@@ -30,7 +31,7 @@ class TorchAO(Peer):
             return from_module(lambda x: F.linear(x, weight))
 
         decoded = nf4_tensor(w.to(dtype), group_size).get_original_weight().float()
-        return Linear(decoded, w.numel() // 2 + w.numel() // group_size, another)
+        return Linear(decoded, w.numel() * dtype.itemsize, another)  # it writes the dense weight
 
     def codec(self, dtype: torch.dtype, group_size: int) -> Codec:
         return Codec(lambda w: nf4_tensor(w, group_size), lambda stored: stored.get_original_weight())  # type: ignore[attr-defined]
