@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build" / "benchmarks" / "results"
 PEERS = ROOT / "build" / "peers"  # what scripts/peers.sh installs, apart from the environment of the tests
 RECORDS = "records.jsonl"
-WITH_AVX2 = (("codec",), ("linear", "--batches", "1", "16"))  # what the goals ask of the AVX2 path
+WITH_AVX2 = (("codec",), ("linear", "--batches", "1", "16"))  # quick; what the goals ask of the AVX2 path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batches", nargs="+", type=int, help="numbers of activations, M")
     found.add_argument("--size", type=int, help="rows and columns of the matrix (4096)")
     found.add_argument("--rounds", type=int, default=21)
-    found.add_argument("--patience", type=float, default=1.0, help="seconds of a case, after which no round begins")
+    found.add_argument("--patience", type=float, default=0.8, help="seconds of a case, after which no round begins")
     found.add_argument("--quick", action="store_true", help="few cases, cold ones only")
     found.add_argument("--isa", nargs="+", default=[], help="CPU paths (SQUISH_NF4_ISA), each in its own process")
     found.add_argument("--output", type=Path, default=OUTPUT, help="folder of records, table and plots")
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(options.suites or list(SUITES), options, file)
             if not options.suites and "SQUISH_NF4_ISA" not in os.environ:
                 for suites in WITH_AVX2 if _C.cpu_isa() not in ("scalar", "avx2") else ():
-                    _in_child("avx2", [*suites, *_without_suites(words)])
+                    _in_child("avx2", [*suites, *_without_suites(words), "--quick"])
     if "SQUISH_NF4_ISA" not in os.environ:  # a child leaves it to its parent
         report.write(read(file), options.output)
         print(f"\n{options.output / report.TABLE}")

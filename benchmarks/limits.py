@@ -1,4 +1,4 @@
-"""The limit loops of limits.cpp: compiled once into build/benchmarks, called on tensors. They run on torch's threads."""
+"""The limit loops of limits.cpp, on tensors: compiled once into build/benchmarks, run on torch's threads."""
 
 from __future__ import annotations
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goals import best_path, groups
+from benchmarks.measures import best_path, groups
 from benchmarks.records import COLD, LIMIT, OURS, Record, matching
 from squish_nf4.commands.demo_picture import STYLE
 
@@ -74,13 +75,13 @@ def time_over_m(figure: Any, records: Sequence[Record]) -> bool:
     return True
 
 
-def _line(axes: Any, series: Sequence[Record], along: str, label: str) -> None:
+def _line(axes: Any, series: Sequence[Record], along: str, label: str, colour: str | None = None) -> None:
     ordered = sorted(series, key=lambda record: record.field(along))
     limit = ordered[0].role == LIMIT
     axes.loglog(
         [record.field(along) for record in ordered],
         [record.ms for record in ordered],
-        color=GREY if limit else COLOURS.get(ordered[0].candidate, "#56B4E9"),
+        color=colour or (GREY if limit else COLOURS.get(ordered[0].candidate, "#56B4E9")),
         linestyle="--" if limit else "-",
         linewidth=2 if ordered[0].role == OURS else 1,
         marker=".",
@@ -179,11 +180,20 @@ def growth(figure: Any, records: Sequence[Record]) -> bool:
         return False
     figure.set_size_inches(18, 4.6)
     for axes, (name, found) in zip(figure.subplots(1, len(sweeps)), sweeps, strict=True):
-        for series in groups(found, without=name.lower()):
+        computing = [record for record in found if record.role != LIMIT]
+        for colour, series in zip(cycle(COLOURS.values()), groups(computing, without=name.lower())):
             case = series[0].case
             m = f", M = {case.m}" if name == "threads" else ""
-            _line(axes, series, name.lower(), f"{case.what}{m} {case.dtype}, {series[0].candidate}")
+            _line(axes, series, name.lower(), f"{case.what}{m} {case.dtype}, {series[0].candidate}", colour)
+        axes.set_xticks(sorted({record.field(name.lower()) for record in computing if _is_power(record, name)}))
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.minorticks_off()
         axes.set_title(f"over {name}")
         axes.set_ylabel("milliseconds")
         axes.legend(fontsize=6, frameon=False)
     return True
+
+
+def _is_power(record: Record, name: str) -> bool:
+    value: int = record.field(name.lower())
+    return name != "M" or value & (value - 1) == 0

@@ -1,4 +1,4 @@
-"""The records as a page: the goals first, then a table for each suite, and the plots. docs/benchmarks/README.md is one."""
+"""The records as a page, docs/benchmarks/README.md: the goals first, then the plots, and tables for each suite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from benchmarks.goals import GOALS, Goal, best_path
+from benchmarks.goals import GOALS, Goal
+from benchmarks.measures import best_path
 from benchmarks.records import LIMIT, OURS, Record
 
 TABLE = "README.md"
@@ -38,11 +39,15 @@ Written by `make bench`; every figure is a record in [records.jsonl](records.jso
 median of the ratios within a round, in which the candidates take turns in one process, and was not computed from the
 two medians. What a candidate computes was compared with the definition before it was timed. *Cold* rotates over more
 copies of the weights than the caches hold, and each candidate has its own; *hot* uses one copy. The limits are loops
-(`benchmarks/limits.cpp`) over the same number of bytes, in the same rounds, on the same threads.
+(`benchmarks/limits.cpp`) over the same number of bytes, in the same rounds, on the same threads; where there are two,
+the faster counts.
 """
-CELLS = """A cell is a time in {unit}, and in parentheses that time over the one of the first row. The error is relative:
-of a product to the float64 product of the decoded weights, of a peer's codec to the weights that it encoded; the first
-rows of a codec are equal to the definition in every bit (0).
+GOALS_HEAD = """What is measured is a speed, relative to that of what the goal names, unless it says error, time or
+call. The value is that of the worst case: of all dtypes, M, threads and places that the goal does not fix.
+"""
+CELLS = """A cell is a time in {unit}, and in parentheses that time over the one of the first row. The fastest is bold.
+The error is relative: of a product, to the float64 product of the weights as that candidate stores them; of a peer's
+codec, to the weights that it encoded. The error 0 means equal to the definition in every bit.
 """
 
 
@@ -53,7 +58,7 @@ def write(records: Sequence[Record], folder: Path) -> None:
 
 
 def page(records: Sequence[Record], pictures: Sequence[tuple[str, str]] = ()) -> str:
-    parts = [HEAD, where_measured(records), "## Goals\n", goal_table(records)]
+    parts = [HEAD, where_measured(records), "## Goals\n", GOALS_HEAD, goal_table(records)]
     parts += [f"![{text}]({name})\n" for name, text in pictures]
     for suite in TABLES:
         found = [record for record in records if record.case.suite == suite]
@@ -103,21 +108,14 @@ def suite_tables(suite: str, records: Sequence[Record]) -> list[str]:
 def heading(fields: dict[str, Any]) -> str:
     """ "4096 x 4096, cold, 2 threads, avx2" """
     shape = f"{fields.pop('n')} x {fields.pop('d')}" if "n" in fields else ""
-    spelled = {
-        "what": lambda value: value,
-        "dtype": lambda value: value,
-        "place": lambda value: value,
-        "isa": lambda value: value,
-        "group_size": lambda value: f"group size {value}",
-        "threads": lambda value: f"{value} thread{'s' if value > 1 else ''}",
-    }
-    words = [spelled[name](value) for name, value in fields.items()]
+    spelled = {"group_size": "group size {}", "threads": "1 thread" if fields.get("threads") == 1 else "{} threads"}
+    words = [spelled.get(name, "{}").format(value) for name, value in fields.items()]
     return ", ".join(filter(None, [*words[:1], shape, *words[1:]]))
 
 
 def table(records: Sequence[Record], column: str, scale: float = 1.0) -> str:
     """Candidates down, values of a field across. The fastest that computes something is bold."""
-    columns = list(dict.fromkeys(record.field(column) for record in records))
+    columns = sorted({record.field(column) for record in records})
     names = list(dict.fromkeys(record.candidate for record in records))
     cells = {(record.candidate, record.field(column)): record for record in records}
     first = next((record.candidate for record in records if record.role == OURS), names[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -43,15 +44,13 @@ class BitsAndBytes(Peer):
 
 
 def linear4bit(w: Tensor, dtype: torch.dtype, group_size: int) -> Any:
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear4bit(w.size(1), w.size(0), bias=False, compute_dtype=dtype, quant_type="nf4")
-    weight = bnb.nn.Params4bit(
+    nn: Any = import_module("bitsandbytes.nn")
+    layer = nn.Linear4bit(w.size(1), w.size(0), bias=False, compute_dtype=dtype, quant_type="nf4")
+    layer.weight = nn.Params4bit(
         w.to(dtype),
         requires_grad=False,
         quant_type="nf4",
         blocksize=group_size,
         compress_statistics=False,
     )
-    layer.weight = weight
     return layer.to("cpu")

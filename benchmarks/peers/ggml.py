@@ -1,8 +1,8 @@
 """llama.cpp's ggml with IQ4_NL, its 4-bit format with a table of levels, repacked by ggml itself as llama.cpp runs it.
 
-It takes float32 activations and rounds them to 8-bit integers (error 7e-3). They are float32 before the time begins, and
-its float32 result stays as it is. The library comes from the package libggml-python: the wheel is built for AVX2; a
-build for this machine, which is the one to compare with, is
+It takes float32 activations and rounds them to 8-bit integers (error 7e-3). They are float32 before the time begins,
+and its float32 result stays as it is. The library comes from the package libggml-python: the wheel is built for AVX2;
+a build for this machine, which is the one to compare with, is what scripts/peers.sh makes:
 
     USE_OPENMP=1 pip install --no-binary libggml-python -C cmake.define.GGML_NATIVE=ON libggml-python
 """
@@ -24,6 +24,14 @@ from benchmarks.peers.base import Bound, Linear, Peer
 F32, IQ4_NL = 0, 20  # enum ggml_type
 BLOCK, BLOCK_BYTES = 32, 18  # of IQ4_NL: columns that share a scale, and what they take
 ROWS = 8  # that a repacked block interleaves
+BASE_POINTERS = (  # functions that return one
+    *("ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph_custom", "ggml_get_data"),
+    "ggml_backend_alloc_ctx_tensors_from_buft",
+)
+CPU_POINTERS = (
+    *("ggml_backend_cpu_init", "ggml_backend_cpu_buffer_type", "ggml_threadpool_new"),
+    "_Z35ggml_backend_cpu_repack_buffer_typev",  # the only name under which the library offers it
+)
 CONTEXT_BYTES = 1 << 20  # for descriptions of tensors and a graph; no data
 
 
@@ -131,10 +139,9 @@ class Library:
         folder = next(package.glob("lib*/libggml-base.so")).parent
         self.base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
         self.cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
-        for name in ["ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph_custom", "ggml_get_data", "ggml_backend_alloc_ctx_tensors_from_buft"]:
-            getattr(self.base, name).restype = ctypes.c_void_p
-        for name in ["ggml_backend_cpu_init", "ggml_backend_cpu_buffer_type", "ggml_threadpool_new", "_Z35ggml_backend_cpu_repack_buffer_typev"]:
-            getattr(self.cpu, name).restype = ctypes.c_void_p
+        for library, names in ((self.base, BASE_POINTERS), (self.cpu, CPU_POINTERS)):
+            for name in names:
+                getattr(library, name).restype = ctypes.c_void_p
         self.base.ggml_init.argtypes = [InitParams]
         self.quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
         self.base.ggml_log_set(self.quiet, None)  # it tells of every weight that it repacks

@@ -5,6 +5,7 @@ Its fast 4-bit product on a CPU is the one of torch (int4pack), which has a plug
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -38,6 +39,5 @@ class TorchAO(Peer):
 
 
 def nf4_tensor(w: Tensor, group_size: int) -> Any:
-    from torchao.quantization import NF4Tensor
-
-    return NF4Tensor.from_tensor(w, group_size, GROUPS_PER_SCALE)
+    quantization: Any = import_module("torchao.quantization")
+    return quantization.NF4Tensor.from_tensor(w, group_size, GROUPS_PER_SCALE)

@@ -82,7 +82,8 @@ def decoders(w: Tensor, place: str) -> list[Candidate]:
     stored = torch.ops.squish.quantize_nf4(w, GROUP_SIZE)
     nbytes = sum(part.nbytes for part in stored)
     rows = some_rows(w.size(0))
-    right = torch.from_numpy(reference.dequantize(*(part[rows].numpy() for part in stored), GROUP_SIZE)).to(w.dtype)
+    packed, scales = (part[rows].numpy() for part in stored)
+    right = torch.from_numpy(reference.dequantize(packed, scales, GROUP_SIZE)).to(w.dtype)
     out = torch.empty_like(w)
 
     def into(pair: Sequence[Tensor]) -> Tensor:

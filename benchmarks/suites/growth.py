@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -24,6 +25,7 @@ DENSE = ("dense torch",)
 def run(options: Options) -> Iterator[Record]:
     size = options.square
     factors = QUICK_FACTORS if options.quick else FACTORS
+    options = replace(options, patience=options.patience / 2)
     dtypes = [dtype for dtype in options.dtypes if dtype != "float16"]  # which runs through the same code as float32
     many = options.threads[-1]
     for dtype in dtypes:
@@ -39,7 +41,8 @@ def run(options: Options) -> Iterator[Record]:
         w = torch.randn(int(size * factor), size)
         for what, candidates in ((codec.QUANTIZE, codec.quantizers), (codec.DEQUANTIZE, codec.decoders)):
             own = [candidate for candidate in candidates(w, COLD) if candidate.role == "ours"]
-            yield from measure(Case(f"growth with {SWEEP_N}", what, "float32", *w.shape, threads=many), own, options)
+            case = Case(f"growth with {SWEEP_N}", what, "float32", w.size(0), w.size(1), threads=many)
+            yield from measure(case, own, options)
 
 
 def _linear(sweep: str, dtype: str, n: int, d: int, m: int, threads: int, options: Options) -> Iterator[Record]:

@@ -70,7 +70,8 @@ def _encoders(model: nn.Module, words: Any, dtype: str) -> list[Candidate]:
 def _states(model: nn.Module, words: Any) -> Tensor:
     """The last hidden state where there is a word."""
     states: Tensor = model(**words).last_hidden_state
-    return states * words["attention_mask"].unsqueeze(-1)
+    mask: Tensor = words["attention_mask"].unsqueeze(-1)
+    return states * mask
 
 
 def _with_linear4bit(model: nn.Module, dtype: torch.dtype) -> nn.Module:

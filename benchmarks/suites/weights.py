@@ -1,14 +1,15 @@
-"""The weights that the suites multiply with, and those who compete in multiplying: this library, the peers, the limit."""
+"""The weights that the suites multiply with, and those who compete in it: this library, the peers, the limit."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Candidate, WrongOutput, checked, copies_beyond_caches, relative_error
+from benchmarks.bench import Candidate, WrongOutputError, checked, copies_beyond_caches, relative_error
 from benchmarks.limits import limits
 from benchmarks.peers import left_out_if_it_fails, peers
 from benchmarks.peers.base import Bound, Layer, Linear, from_module
@@ -21,6 +22,8 @@ READ = "read of packed and scales"
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of our products
 PEER_BOUND = 2e-2  # beyond it, a peer was called wrongly; ggml rounds activations to 8 bits
 CHECKED = 1 << 20  # results of a product that are compared with float64, about
+TOO_SLOW = 1.0  # seconds of one call, from which on a peer is left out
+SCALES_FROM = 16  # activations, from which on a slow product takes its time for each of them
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ def random_weight(n: int, d: int, group_size: int = GROUP_SIZE) -> Weight:
     return Weight(packed, scales, group_size, torch.ops.squish.dequantize_nf4(packed, scales, group_size))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Contender:
-    """One who multiplies, with as many copies of the weight as cold calls rotate over."""
+    """One who multiplies, with as many copies of the weight as cold calls rotate over. pace: seconds an activation."""
 
     name: str
     role: str
@@ -57,6 +60,7 @@ class Contender:
     layers: Sequence[Layer]
     bound: float
     slow: bool = False
+    pace: float = 0.0
 
     def bind(self, x: Tensor, place: str) -> list[Bound]:
         return [layer(x) for layer in (self.layers if place == COLD else self.layers[:1])]
@@ -96,22 +100,37 @@ def products(contenders: Sequence[Contender], x: Tensor, place: str) -> list[Can
     found = []
     for contender in contenders:
         try:
-            bound = contender.bind(x, place)
-            error = checked(contender.name, product_error(bound[0](), x, contender.decoded), contender.bound)
+            found.append(_checked_product(contender, x, place))
         except Exception as reason:
             if contender.role == OURS:
                 raise
             print(f"{contender.name} is left out of M = {x.size(0)} in {x.dtype}: {reason}")
-            continue
-        found.append(Candidate(contender.name, contender.role, rotating(bound), error))
     return found
+
+
+def _checked_product(contender: Contender, x: Tensor, place: str) -> Candidate:
+    _refuse_slow(contender, contender.pace * x.size(0))
+    bound = contender.bind(x, place)
+    started = time.perf_counter()
+    y = bound[0]()
+    seconds = time.perf_counter() - started
+    if x.size(0) >= SCALES_FROM:
+        contender.pace = seconds / x.size(0)
+    error = checked(contender.name, product_error(y, x, contender.decoded), contender.bound)
+    _refuse_slow(contender, seconds)
+    return Candidate(contender.name, contender.role, rotating(bound), error)
+
+
+def _refuse_slow(contender: Contender, seconds: float) -> None:
+    if contender.role != OURS and seconds > TOO_SLOW:
+        raise TimeoutError(f"a call takes about {seconds:.1f} s")
 
 
 def product_error(y: Tensor, x: Tensor, decoded: Tensor) -> float:
     """Relative to the float64 product with the decoded weights, on rows that are spread over the weight."""
     m, n = y.shape
     if (m, n) != (x.size(0), decoded.size(0)):
-        raise WrongOutput(f"the product has the shape {tuple(y.shape)}")
+        raise WrongOutputError(f"the product has the shape {tuple(y.shape)}")
     rows = torch.linspace(0, n - 1, max(1, min(n, max(64, CHECKED // (16 * m))))).long()
     return relative_error(y[:, rows], x.double() @ decoded[rows].double().T)
 
