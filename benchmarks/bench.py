@@ -92,7 +92,9 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 def checked(name: str, error: float, bound: float) -> float:
     """The error, if it is within the bound."""
     if not error <= bound:  # NaN is no small error
-        raise WrongOutputError(f"{name}: the relative error is {error:.3g}, at most {bound:.3g} is right; nothing was timed")
+        raise WrongOutputError(
+            f"{name}: the relative error is {error:.3g}, at most {bound:.3g} is right; nothing was timed"
+        )
     return error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import plots
 from benchmarks.goals import GOALS, Goal
 from benchmarks.measures import best_path
+from benchmarks.peers import ALL
 from benchmarks.records import LIMIT, OURS, Record
 
 TABLE = "README.md"
@@ -22,7 +23,7 @@ TABLES: dict[str, tuple[tuple[str, ...], str]] = {
     "overhead": (("what", "isa"), "dtype"),
     "model": (("what", "threads", "isa"), "dtype"),
     "conversion": (("what", "threads", "isa"), "dtype"),
-    "imports": (("what",), "threads"),
+    "imports": (("what",), "place"),
 }
 TITLES = {
     "codec": "quantize and dequantize",
@@ -45,7 +46,7 @@ the faster counts.
 GOALS_HEAD = """What is measured is a speed, relative to that of what the goal names, unless it says error, time or
 call. The value is that of the worst case: of all dtypes, M, threads and places that the goal does not fix.
 """
-CELLS = """A cell is a time in {unit}, and in parentheses that time over the one of the first row. The fastest is bold.
+CELLS = """A cell is a time in milliseconds (of a mere call: microseconds), and in parentheses that time over the one of the first row. The fastest is bold.
 The error is relative: of a product, to the float64 product of the weights as that candidate stores them; of a peer's
 codec, to the weights that it encoded. The error 0 means equal to the definition in every bit.
 """
@@ -60,6 +61,7 @@ def write(records: Sequence[Record], folder: Path) -> None:
 def page(records: Sequence[Record], pictures: Sequence[tuple[str, str]] = ()) -> str:
     parts = [HEAD, where_measured(records), "## Goals\n", GOALS_HEAD, goal_table(records)]
     parts += [f"![{text}]({name})\n" for name, text in pictures]
+    parts += ["## Who was compared\n", peer_list(records), "## How to read the tables\n", CELLS]
     for suite in TABLES:
         found = [record for record in records if record.case.suite == suite]
         if found:
@@ -73,6 +75,14 @@ def where_measured(records: Sequence[Record]) -> str:
     versions = sorted({f"{name} {version}" for record in records for name, version in record.versions.items()})
     when = dates[0] if dates[:1] == dates[-1:] else f"{dates[0]} to {dates[-1]}"
     return f"Measured {when} on {'; '.join(machines)}; best CPU path {best_path(records)}; {', '.join(versions)}.\n"
+
+
+def peer_list(records: Sequence[Record]) -> str:
+    """What each peer computes, where that is not what this library does."""
+    present = {record.candidate for record in records}
+    lines = [f"- **{peer.name}**: {peer.note}." for peer in ALL if peer.name in present]
+    absent = [peer.name for peer in ALL if peer.name not in present]
+    return "\n".join(lines + [f"- Not there in this run: {', '.join(absent)}."] * bool(absent)) + "\n"
 
 
 def goal_table(records: Sequence[Record]) -> str:
@@ -97,8 +107,8 @@ def suite_tables(suite: str, records: Sequence[Record]) -> list[str]:
     tables: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         tables.setdefault(tuple(record.field(name) for name in fields), []).append(record)
-    scale, unit = (1e3, "microseconds") if suite == "overhead" else (1.0, "milliseconds")
-    parts = [CELLS.format(unit=unit)]
+    scale = 1e3 if suite == "overhead" else 1.0
+    parts = []
     for key, members in tables.items():
         parts.append(f"**{heading(dict(zip(fields, key, strict=True)))}**\n")
         parts.append(table(members, column, scale))

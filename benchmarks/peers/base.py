@@ -36,11 +36,12 @@ class Codec:
 class Peer:
     """One library.
 
-    name: as the tables call it. package, module: what pip and Python call it; None if it is always there. slow: so
+    name: as the tables call it. note: what it computes. package, module: what pip and Python call it; None if it is always there. slow: so
     slow in products that it takes part in a few cases only.
     """
 
     name: str
+    note: str
     package: str | None = None
     module: str | None = None
     slow = False

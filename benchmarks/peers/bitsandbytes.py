@@ -14,6 +14,7 @@ from benchmarks.peers.base import Codec, Layer, Linear, Peer, from_module
 
 class BitsAndBytes(Peer):
     name = "bitsandbytes"
+    note = "Linear4bit, the same NF4; on this kind of CPU it multiplies float32 and float16 activations in bfloat16"
     package = "bitsandbytes"
     module = "bitsandbytes"
 

@@ -14,6 +14,7 @@ from squish_nf4 import _C
 
 class Numpy(Peer):
     name = "numpy"
+    note = "NF4 decoded by a table of all bytes; it has no quantizer"
 
     def codec(self, dtype: torch.dtype, group_size: int) -> Codec | None:
         if dtype != torch.float32:

@@ -13,6 +13,7 @@ class Dense(Peer):
     """F.linear with the decoded weights in the dtype of the activations."""
 
     name = "dense torch"
+    note = "F.linear with the decoded weights in the dtype of the activations"
 
     def linear(self, w: Tensor, dtype: torch.dtype, group_size: int, *, training: bool = False) -> Linear:
         dense = w.to(dtype)
@@ -28,6 +29,7 @@ class Int4Pack(Peer):
     """torch._weight_int4pack_mm_for_cpu: 4-bit integers, evenly spaced between the extremes of a group."""
 
     name = "int4pack (torch)"
+    note = "`torch._weight_int4pack_mm_for_cpu`: levels evenly spaced between the extremes of a group, not NF4"
 
     def missing(self) -> bool:
         return not hasattr(torch, "_weight_int4pack_mm_for_cpu")

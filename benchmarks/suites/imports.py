@@ -27,7 +27,7 @@ def run(options: Options) -> Iterator[Record]:
     rounds = 3 if options.quick else 7
     milliseconds = [1e3 * _seconds() for _ in range(rounds)]
     print(f"\n{WHAT}, after import torch: {statistics.median(milliseconds):.0f} ms")
-    case = Case("imports", WHAT, "", 0, 0, group_size=0, threads=1, place="")
+    case = Case("imports", WHAT, "", 0, 0, group_size=0, threads=1, place="fresh process")
     yield Record(
         case=case,
         candidate="squish_nf4",

@@ -36,7 +36,7 @@ def run(options: Options) -> Iterator[Record]:
         warnings.simplefilter("ignore")  # of the model's dependencies, about each other
         sentence_model = demo.load_model()
     sentences = [SENTENCES[i % len(SENTENCES)] for i in range(COUNT)]
-    words = sentence_model.tokenize(sentences)
+    words = sentence_model.preprocess(sentences)
     for dtype in options.dtypes:
         for threads in options.threads:
             torch.set_num_threads(threads)
