@@ -92,16 +92,14 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 def checked(name: str, error: float, bound: float) -> float:
     """The error, if it is within the bound."""
     if not error <= bound:  # NaN is no small error
-        raise WrongOutputError(
-            f"{name}: the relative error is {error:.3g}, at most {bound:.3g} is right; nothing was timed"
-        )
+        raise WrongOutputError(f"{name}: the relative error is {error:.3g}, at most {bound:.3g} is right; not timed")
     return error
 
 
 def require_equal(name: str, found: Tensor, expected: Tensor) -> float:
     """0.0, the error of what has to be equal in every bit."""
     if found.dtype != expected.dtype or not torch.equal(found, expected):
-        raise WrongOutputError(f"{name}: the result is not that of the definition; nothing was timed")
+        raise WrongOutputError(f"{name}: the result is not that of the definition; not timed")
     return 0.0
 
 

@@ -46,9 +46,10 @@ the faster counts.
 GOALS_HEAD = """What is measured is a speed, relative to that of what the goal names, unless it says error, time or
 call. The value is that of the worst case: of all dtypes, M, threads and places that the goal does not fix.
 """
-CELLS = """A cell is a time in milliseconds (of a mere call: microseconds), and in parentheses that time over the one of the first row. The fastest is bold.
-The error is relative: of a product, to the float64 product of the weights as that candidate stores them; of a peer's
-codec, to the weights that it encoded. The error 0 means equal to the definition in every bit.
+CELLS = """A cell is a time in milliseconds (of a mere call: microseconds), and in parentheses that time over the one of
+the first row. The fastest is bold. The error is relative, and the largest of the row: of a product, to the float64
+product of the weights as that candidate stores them; of a peer's codec, to the weights that it encoded. The error 0
+means equal to the definition in every bit.
 """
 
 

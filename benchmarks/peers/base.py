@@ -36,8 +36,8 @@ class Codec:
 class Peer:
     """One library.
 
-    name: as the tables call it. note: what it computes. package, module: what pip and Python call it; None if it is always there. slow: so
-    slow in products that it takes part in a few cases only.
+    name: as the tables call it. note: what it computes. package, module: what pip and Python call it; None if it is
+    always there. slow: so slow in products that it takes part in a few cases only.
     """
 
     name: str

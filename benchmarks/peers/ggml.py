@@ -52,9 +52,7 @@ class ThreadpoolParams(ctypes.Structure):
 
 class Ggml(Peer):
     name = "ggml IQ4_NL"
-    note = (
-        "4.5 bits a weight with levels of its own, repacked; float32 activations are rounded to 8 bits, in every dtype"
-    )
+    note = "4.5 bits a weight with levels of its own, repacked; it takes float32 activations in every dtype and rounds them to 8 bits"
     package = "libggml-python (benchmarks/peers/ggml.py says how to build it for this machine)"
     module = "libggml"
 
