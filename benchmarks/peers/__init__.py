@@ -23,7 +23,7 @@ def peers() -> tuple[Peer, ...]:
     """Those that are installed; the others are named once."""
     for peer in ALL:
         if peer.missing():
-            print(f"{peer.name} is not installed: left out (pip install {peer.package})")
+            print(f"{peer.name} is not installed: left out ({peer.install})")
     return tuple(peer for peer in ALL if not peer.missing())
 
 

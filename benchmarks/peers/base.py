@@ -36,13 +36,13 @@ class Codec:
 class Peer:
     """One library.
 
-    name: as the tables call it. note: what it computes. package, module: what pip and Python call it; None if it is
-    always there. slow: so slow in products that it takes part in a few cases only.
+    name: as the tables call it. note: what it computes. module: what Python calls it, None if it is always there.
+    install: what to type. slow: so slow in products that it takes part in a few cases only.
     """
 
     name: str
     note: str
-    package: str | None = None
+    install: str = ""
     module: str | None = None
     slow = False
 

@@ -15,7 +15,7 @@ from benchmarks.peers.base import Codec, Layer, Linear, Peer, from_module
 class BitsAndBytes(Peer):
     name = "bitsandbytes"
     note = "Linear4bit, the same NF4; on this kind of CPU it multiplies float32 and float16 activations in bfloat16"
-    package = "bitsandbytes"
+    install = "pip install bitsandbytes"
     module = "bitsandbytes"
 
     def linear(self, w: Tensor, dtype: torch.dtype, group_size: int, *, training: bool = False) -> Linear | None:

@@ -52,8 +52,8 @@ class ThreadpoolParams(ctypes.Structure):
 
 class Ggml(Peer):
     name = "ggml IQ4_NL"
-    note = "4.5 bits a weight with levels of its own, repacked; it takes float32 activations in every dtype and rounds them to 8 bits"
-    package = "libggml-python (benchmarks/peers/ggml.py says how to build it for this machine)"
+    note = "4.5 bits a weight with levels of its own, repacked; it rounds activations to 8 bits, whatever their dtype"
+    install = "scripts/peers.sh"
     module = "libggml"
 
     def linear(self, w: Tensor, dtype: torch.dtype, group_size: int, *, training: bool = False) -> Linear | None:

@@ -20,7 +20,7 @@ GROUPS_PER_SCALE = 256
 class TorchAO(Peer):
     name = "torchao NF4"
     note = "NF4Tensor, whose scales are quantized once more; it decodes the whole weight for each product"
-    package = "torchao"
+    install = "scripts/peers.sh, or pip install torchao"
     module = "torchao"
     slow = True
 

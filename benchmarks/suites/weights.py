@@ -22,7 +22,7 @@ READ = "read of packed and scales"
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of our products
 PEER_BOUND = 2e-2  # beyond it, a peer was called wrongly; ggml rounds activations to 8 bits
 CHECKED = 1 << 20  # results of a product that are compared with float64, about
-TOO_SLOW = 1.0  # seconds of one call, from which on a peer is left out
+TOO_SLOW = 0.5  # seconds of one call, from which on a peer is left out
 SCALES_FROM = 16  # activations, from which on a slow product takes its time for each of them
 
 
