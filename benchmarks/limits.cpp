@@ -12,9 +12,9 @@
 
 namespace {
 
-constexpr int kStreams = 8;        // one thread that reads in eight places is faster than in one
-constexpr int64_t kLine = 64;      // bytes that one step of a stream moves
-volatile uint64_t sink;            // what is read has to be used
+constexpr int kStreams = 8;    // one thread that reads in eight places is faster than in one
+constexpr int64_t kLine = 64;  // bytes that one step of a stream moves
+volatile uint64_t sink;        // what is read has to be used
 
 // The bytes [first, last) of each of the streams of one thread.
 struct Streams {
@@ -46,28 +46,28 @@ struct Plain {
   static uint64_t fold(const Line& line) { return line.words[0] ^ line.words[7]; }
 };
 
-#define SQUISH_LOOPS(TARGET, NAME, V)                                                               \
-  TARGET uint64_t NAME##_read(const uint8_t* in, Streams s) {                                       \
-    typename V::Line sums[kStreams];                                                                \
-    for (auto& sum : sums) sum = V::zero();                                                         \
-    const uint8_t* first = in + s.begin;                                                            \
-    for (int64_t at = 0; at < s.length; at += kLine)                                                \
+#define SQUISH_LOOPS(TARGET, NAME, V)                                                                         \
+  TARGET uint64_t NAME##_read(const uint8_t* in, Streams s) {                                                 \
+    typename V::Line sums[kStreams];                                                                          \
+    for (auto& sum : sums) sum = V::zero();                                                                   \
+    const uint8_t* first = in + s.begin;                                                                      \
+    for (int64_t at = 0; at < s.length; at += kLine)                                                          \
       for (int stream = 0; stream < kStreams; ++stream) V::add(sums[stream], first + stream * s.length + at); \
-    uint64_t all = 0;                                                                               \
-    for (auto& sum : sums) all ^= V::fold(sum);                                                     \
-    return all;                                                                                     \
-  }                                                                                                 \
-  template <bool kStreaming>                                                                        \
-  TARGET void NAME##_write(const uint8_t* in, int64_t ratio, uint8_t* out, Streams s) {             \
-    const int streams = ratio == 0 ? 1 : kStreams; /* stores alone are fastest in one sequence */   \
-    const int64_t length = s.length * kStreams / streams;                                           \
-    for (int64_t at = 0; at < length; at += kLine)                                                  \
-      for (int stream = 0; stream < streams; ++stream) {                                            \
-        const int64_t place = s.begin + stream * length + at;                                       \
-        auto sum = V::zero();                                                                       \
-        for (int64_t line = 0; line < ratio; ++line) V::add(sum, in + place * ratio + line * kLine); \
-        kStreaming ? V::stream(out + place, sum) : V::store(out + place, sum);                      \
-      }                                                                                             \
+    uint64_t all = 0;                                                                                         \
+    for (auto& sum : sums) all ^= V::fold(sum);                                                               \
+    return all;                                                                                               \
+  }                                                                                                           \
+  template <bool kStreaming>                                                                                  \
+  TARGET void NAME##_write(const uint8_t* in, int64_t ratio, uint8_t* out, Streams s) {                       \
+    const int streams = ratio == 0 ? 1 : kStreams; /* stores alone are fastest in one sequence */             \
+    const int64_t length = s.length * kStreams / streams;                                                     \
+    for (int64_t at = 0; at < length; at += kLine)                                                            \
+      for (int stream = 0; stream < streams; ++stream) {                                                      \
+        const int64_t place = s.begin + stream * length + at;                                                 \
+        auto sum = V::zero();                                                                                 \
+        for (int64_t line = 0; line < ratio; ++line) V::add(sum, in + place * ratio + line * kLine);          \
+        kStreaming ? V::stream(out + place, sum) : V::store(out + place, sum);                                \
+      }                                                                                                       \
   }
 
 SQUISH_LOOPS(, plain, Plain)
@@ -154,11 +154,13 @@ const char* squish_limits_isa() { return loops().name; }
 // Reads both arrays once.
 void squish_limits_read(const uint8_t* a, int64_t a_bytes, const uint8_t* b, int64_t b_bytes, int64_t threads) {
   on_threads(threads, [=](int64_t thread) {
-    sink = loops().read(a, streams_of(a_bytes, thread, threads)) ^ loops().read(b, streams_of(b_bytes, thread, threads));
+    sink =
+        loops().read(a, streams_of(a_bytes, thread, threads)) ^ loops().read(b, streams_of(b_bytes, thread, threads));
   });
 }
 
-// Reads `in`, if there is one, and writes `out` once. streaming: past the caches, for which out has to be 64-byte aligned.
+// Reads `in`, if there is one, and writes `out` once. streaming: past the caches, for which out has to be 64-byte
+// aligned.
 void squish_limits_write(const uint8_t* in, int64_t in_bytes, uint8_t* out, int64_t out_bytes, int64_t streaming,
                          int64_t threads) {
   const int64_t ratio = in == nullptr ? 0 : in_bytes / out_bytes;

@@ -1,4 +1,7 @@
-"""bitsandbytes: Linear4bit and the functions below it, the same NF4 at the same group size."""
+"""bitsandbytes: Linear4bit and the functions below it, the same NF4 at the same group size.
+
+Products are its own compiled ones; those that it would fetch with the package ``kernels`` are not used.
+"""
 
 from __future__ import annotations
 
