@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.bench import DTYPES, Options
-from benchmarks.records import Record, read, to_json
+from benchmarks.records import read, to_json
 from benchmarks.suites import SUITES
 from benchmarks.timing import conditions
 from squish_nf4 import _C
@@ -41,70 +41,60 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--isa", nargs="+", default=[], help="CPU paths (SQUISH_NF4_ISA), each in its own process")
     found.add_argument("--output", type=Path, default=OUTPUT, help="folder of records, table and plots")
     found.add_argument("--append", action="store_true", help="keep the records that are there")
-    found.add_argument("--report", action="store_true", help="measure nothing")
+    found.add_argument("--report", action="store_true", help="measure nothing: write the page once more")
+    found.add_argument("--no-page", action="store_true", help="records only")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_args(words)
+    options = parser().parse_args(arguments)
+    options.output = options.output.resolve()
     options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / RECORDS
     if not options.report:
-        if not options.append:
-            file.unlink(missing_ok=True)
-        if options.isa:
-            for isa in options.isa:
-                _in_child(isa, words)
-        else:
-            run(options.suites or list(SUITES), options, file)
-            if not options.suites and "SQUISH_NF4_ISA" not in os.environ:
-                for suites in WITH_AVX2 if _C.cpu_isa() not in ("scalar", "avx2") else ():
-                    _in_child("avx2", [*suites, *_without_suites(words), "--quick"])
-    if "SQUISH_NF4_ISA" not in os.environ:  # a child leaves it to its parent
-        report.write(read(file), options.output)
+        measure_all(options)
+    if not options.no_page:
+        report.write(read(options.output / RECORDS), options.output)
         print(f"\n{options.output / report.TABLE}")
 
 
-def run(suites: Sequence[str], options: argparse.Namespace, file: Path) -> None:
-    """Measure, and append each record as soon as it is there."""
+def measure_all(options: argparse.Namespace) -> None:
+    """The suites, here or on the paths asked for; without either, all of them and then those of the AVX2 path."""
+    if not options.append:
+        (options.output / RECORDS).unlink(missing_ok=True)
+    if options.isa:
+        for isa in options.isa:
+            in_child(isa, options, options.suites)
+        return
+    run(options.suites or list(SUITES), options)
+    if not options.suites and _C.cpu_isa().startswith("avx512"):
+        for suites in WITH_AVX2:
+            in_child("avx2", options, suites, "--quick")
+
+
+def run(suites: Sequence[str], options: argparse.Namespace) -> None:
+    """Measure in this process, and append each record as soon as it is there."""
     forced = os.environ.get("SQUISH_NF4_ISA")
     if forced is not None and _C.cpu_isa() != forced:
         raise SystemExit(f"SQUISH_NF4_ISA={forced}, but the CPU path is {_C.cpu_isa()}")
     if PEERS.is_dir():
         sys.path.append(str(PEERS))
     print(conditions())
-    chosen = Options(
-        dtypes=options.dtypes,
-        threads=sorted(options.threads),
-        batches=options.batches,
-        size=options.size,
-        rounds=options.rounds,
-        patience=options.patience,
-        quick=options.quick,
-    )
+    chosen = Options(**{name: getattr(options, name) for name in Options.__dataclass_fields__})
     for name in suites:
         for record in SUITES[name](chosen):
-            _append(file, record)
+            with (options.output / RECORDS).open("a") as stream:
+                stream.write(to_json(record) + "\n")
 
 
-def _append(file: Path, record: Record) -> None:
-    with file.open("a") as stream:
-        stream.write(to_json(record) + "\n")
-
-
-def _without_suites(words: Sequence[str]) -> list[str]:
-    return [word for word in words if word not in SUITES]
-
-
-def _in_child(isa: str, words: Sequence[str]) -> None:
-    """The same in a process whose CPU path is forced; it appends to the same records."""
-    kept = list(words)
-    if "--isa" in kept:
-        first = kept.index("--isa")
-        last = next((i for i in range(first + 1, len(kept)) if kept[i].startswith("--")), len(kept))
-        del kept[first:last]
-    command = [sys.executable, "-m", "benchmarks", *kept, "--append"]
+def in_child(isa: str, options: argparse.Namespace, suites: Sequence[str], *more: str) -> None:
+    """The suites in a process whose CPU path is forced; it appends to the same records."""
+    words = [*suites, *more, "--append", "--no-page", "--output", str(options.output)]
+    for name in ("dtypes", "threads", "batches", "size", "rounds", "patience"):
+        value = getattr(options, name)
+        if value is not None and f"--{name}" not in words:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    words += ["--quick"] if options.quick else []
+    command = [sys.executable, "-m", "benchmarks", *words]
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "SQUISH_NF4_ISA": isa})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -51,7 +51,6 @@ class Candidate:
     role: str
     call: Call
     error: float | None = None
-    uses: frozenset[str] = field(default_factory=frozenset)
 
 
 def measure(case: Case, candidates: Sequence[Candidate], options: Options) -> Iterator[Record]:

@@ -94,7 +94,7 @@ GOALS: tuple[Goal, ...] = (
         Goal(
             f"linear {dtype}, M = 2 to 16: times the best of bitsandbytes, int4pack and dense torch",
             1.0,
-            speed(BNB, INT4, DENSE, dtype=dtype, m=(2, 4, 8, 16), place=COLD, **_LINEAR),
+            speed(BNB, INT4, DENSE, dtype=dtype, m=(2, 4, 8, 16), **_LINEAR),
         )
         for dtype in ("bfloat16", "float16", "float32")
     ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("limits.cpp")
 FOLDER = SOURCE.parents[1] / "build" / "benchmarks"
 TORCH = Path(torch.__file__).resolve().parent
+LEFT_OUT = "the limits of the machine are left out, and with them the goals that name them"
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared")
 
 
@@ -44,12 +44,16 @@ class Limits:
 
 @cache
 def limits() -> Limits | None:
-    """The loops, compiled if need be; None, said once, where there is no compiler."""
+    """The loops, compiled if need be; None, said once, where they cannot be compiled."""
     compiler = (os.environ.get("CXX") or "c++").split()
-    if shutil.which(compiler[0]) is None:
-        print(f"no C++ compiler ({compiler[0]}): the limits of the machine are left out, and the goals against them")
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except FileNotFoundError:
+        print(f"no C++ compiler ({compiler[0]}): {LEFT_OUT}")
         return None
-    library = ctypes.CDLL(str(_compiled(compiler)))
+    except subprocess.CalledProcessError:
+        print(f"{compiler[0]} could not compile {SOURCE.name}: {LEFT_OUT}")
+        return None
     library.squish_limits_isa.restype = ctypes.c_char_p
     library.squish_limits_read.restype = None
     library.squish_limits_write.restype = None

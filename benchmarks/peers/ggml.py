@@ -110,7 +110,7 @@ class Weight:
         x32 = x.float().contiguous()
         base.ggml_backend_tensor_set(_p(activations), pointer(x32), _size(0), _size(x32.nbytes))
         data = (ctypes.c_float * (m * self.n)).from_address(base.ggml_get_data(_p(product)))
-        y = torch.frombuffer(data, dtype=torch.float32).view(m, self.n)
+        y = torch.frombuffer(data, dtype=torch.float32).view(m, self.n).zero_()  # its pages are there before the time
         return Product(self, memory, graph, y)
 
 

@@ -19,7 +19,7 @@ ROWS = 16  # of the gradient, that are compared with float64
 
 
 def run(options: Options) -> Iterator[Record]:
-    size, threads = options.square, options.threads[-1]
+    size, threads = options.square, max(options.threads)
     torch.set_num_threads(threads)
     weight = random_weight(size, size)
     for dtype in options.dtypes:

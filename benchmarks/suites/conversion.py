@@ -18,7 +18,7 @@ GROUP_SIZE = 64
 
 
 def run(options: Options) -> Iterator[Record]:
-    size, threads = options.square // 2, options.threads[-1]
+    size, threads = options.square // 2, max(options.threads)
     torch.set_num_threads(threads)
     for dtype in options.dtypes:
         case = Case("conversion", WHAT, dtype, LAYERS * size, size, group_size=GROUP_SIZE, threads=threads, place=COLD)

@@ -27,7 +27,7 @@ def run(options: Options) -> Iterator[Record]:
     factors = QUICK_FACTORS if options.quick else FACTORS
     options = replace(options, patience=options.patience / 2)
     dtypes = [dtype for dtype in options.dtypes if dtype != "float16"]  # which runs through the same code as float32
-    many = options.threads[-1]
+    many = max(options.threads)
     for dtype in dtypes:
         for factor in factors:
             yield from _linear(SWEEP_N, dtype, int(size * factor), size, 1, many, options)

@@ -26,7 +26,7 @@ def run(options: Options) -> Iterator[Record]:
     if options.size is None and not options.quick:
         for n, d, group_size in OTHER_SHAPES:
             weight = random_weight(n, d, group_size)
-            yield from _shape(weight, options.batches or OTHER_BATCHES, options.threads[-1:], (COLD,), options)
+            yield from _shape(weight, options.batches or OTHER_BATCHES, [max(options.threads)], (COLD,), options)
 
 
 def _shape(
