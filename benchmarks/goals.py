@@ -149,7 +149,7 @@ GOALS: tuple[Goal, ...] = (
         at_most=True,
     ),
     Goal(
-        "one more thread: time over that of one fewer",
+        "more threads: time over that with the next smaller number of them",
         NOISE,
         neighbours("threads", suite="growth with threads"),
         at_most=True,

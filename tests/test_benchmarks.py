@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from benchmarks.__main__ import main
 from benchmarks.bench import WrongOutputError
 from benchmarks.goals import GOALS, Goal
 from benchmarks.measures import error_over, latency, neighbours, per_weight, speed
-from benchmarks.records import COLD, LIMIT, OURS, PEER, Case, Record, from_json, read, to_json
+from benchmarks.records import COLD, HOT, LIMIT, OURS, PEER, Case, Record, from_json, read, to_json
 from benchmarks.suites.weights import Contender, ours, products, random_weight
 from tests.fresh_process import run_python
 from tests.helpers import require
@@ -240,6 +242,20 @@ def test_table_gives_times_and_their_ratio_to_ours() -> None:
 # --- from end to end, on matrices so small that their times mean nothing
 
 
+def widened(records: Iterable[Record]) -> list[Record]:
+    """As if the suites had run in full, with every peer: the goals have to find what they ask for by its names."""
+    found = []
+    for one in records:
+        batches = (1, 2, 16, 17, 64) if one.case.m else (0,)
+        for dtype, m, size, threads in product(bench.DTYPES, batches, (128, 4096, 4544), (1, 2)):
+            for place, isa in product((COLD, HOT), ("avx2", "avx512_bf16")):
+                sizes = {"n": size, "d": size} if "growth" not in one.case.suite else {}
+                case = dataclasses.replace(one.case, dtype=dtype, m=m, threads=threads, place=place, **sizes)
+                ratios = {"ggml IQ4_NL": 1.0, "bitsandbytes": 1.0, **one.ratios}
+                found.append(dataclasses.replace(one, case=case, isa=isa, ratios=ratios))
+    return found
+
+
 def test_every_suite_runs_to_a_page(tmp_path: Path) -> None:
     suites = ["codec", "linear", "backward", "overhead", "growth", "conversion", "imports"]
     run_python(TINY, *suites, *OPTIONS, "--output", tmp_path)
@@ -252,13 +268,18 @@ def test_every_suite_runs_to_a_page(tmp_path: Path) -> None:
     for picture in ("time-over-m.png", "growth.png"):
         assert (tmp_path / picture).is_file()
         assert picture in text
+    wide = widened(records)
+    unmeasured = {goal.text for goal in GOALS if goal.measure(wide) is None}
+    assert {text for text in unmeasured if not text.startswith("MiniLM")} == set()
 
 
 def test_suite_of_the_model_runs(tmp_path: Path) -> None:
     require_minilm()
     run_python(TINY, "model", *OPTIONS, "--output", tmp_path)
-    candidates = {record.candidate for record in read(tmp_path / "records.jsonl")}
-    assert {"squish_nf4", "dense torch"} <= candidates
+    records = read(tmp_path / "records.jsonl")
+    assert {"squish_nf4", "dense torch"} <= {record.candidate for record in records}
+    wide = widened(records)
+    assert all(goal.measure(wide) is not None for goal in GOALS if goal.text.startswith("MiniLM"))
 
 
 def test_forced_path_is_the_one_that_runs(tmp_path: Path) -> None:

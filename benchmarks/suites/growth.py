@@ -33,7 +33,7 @@ def run(options: Options) -> Iterator[Record]:
             yield from _linear(SWEEP_N, dtype, int(size * factor), size, 1, many, options)
             yield from _linear(SWEEP_D, dtype, size, int(size * factor), 1, many, options)
         yield from _batches(dtype, size, many, options)
-        for threads in range(1, max(os.cpu_count() or 1, many) + 1):
+        for threads in some_threads(max(os.cpu_count() or 1, many)):
             for m in (1, 64):
                 yield from _linear(SWEEP_THREADS, dtype, size, size, m, threads, options)
     torch.set_num_threads(many)
@@ -43,6 +43,11 @@ def run(options: Options) -> Iterator[Record]:
             own = [candidate for candidate in candidates(w, COLD) if candidate.role == "ours"]
             case = Case(f"growth with {SWEEP_N}", what, "float32", w.size(0), w.size(1), threads=many)
             yield from measure(case, own, options)
+
+
+def some_threads(most: int) -> list[int]:
+    """1, 2, 4 and so on, and the most."""
+    return [*(2**k for k in range((most - 1).bit_length())), most]
 
 
 def _linear(sweep: str, dtype: str, n: int, d: int, m: int, threads: int, options: Options) -> Iterator[Record]:
