@@ -7,7 +7,7 @@ help:
 	@echo "make compatibility  build and test with every torch, Python and compiler of noxfile.py (hours, 30 GB)"
 	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
 	@echo "make format  let ruff and clang-format rewrite the sources"
-	@echo "make bench   the benchmarks"
+	@echo "make bench   the benchmarks, into docs/benchmarks (fifteen minutes of a machine that does nothing else)"
 	@echo "make setup   only .venv and the build          PYTHON=... chooses the interpreter"
 	@echo "make clean   remove what was built (not .venv)"
 
@@ -35,10 +35,8 @@ format: setup
 	.venv/bin/clang-format -i $$(git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.c')
 
 bench: setup
-	.venv/bin/python -m benchmarks.import_time
-	.venv/bin/python -m benchmarks.codec
-	.venv/bin/python -m benchmarks.linear
-	.venv/bin/python -m benchmarks.cpp_latency
+	@scripts/peers.sh
+	.venv/bin/python -m benchmarks --output docs/benchmarks $(BENCH_ARGS)
 
 clean:
 	rm -rf build demo-output squish_nf4/*.so squish_nf4/_build_info.py

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import squish_nf4
-from benchmarks.timing import machine
+from benchmarks.timing import conditions
 from tests.llama import quantized_llama, some_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated")
-    print(machine())
+    print(conditions())
     print(
         f"Microseconds of a call, median of {options.rounds} turns of {options.repeats} calls each, inference mode.\n"
     )

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import Candidate, Timing, alternate, machine
+from benchmarks.timing import Call, alternate, conditions
 from squish_nf4 import library_path
 
 HERE = Path(__file__).resolve().parent
@@ -108,7 +108,7 @@ def compare(ours: str, stable: Path, pythons: Sequence[str], folder: Path) -> No
             print("|---" * (len(columns) + 1) + "|")
 
 
-def repeated(call: Callable[..., object], *args: Any) -> Candidate:
+def repeated(call: Callable[..., object], *args: Any) -> Call:
     def candidate(_: int) -> None:
         for _ in range(CALLS):
             call(*args)
@@ -122,9 +122,9 @@ def print_calls(title: str, calls: dict[str, tuple[Any, ...]], rounds: int) -> N
         pair = {
             space: repeated(getattr(getattr(torch.ops, space), name), *args) for space in ("squish", "squish_stable")
         }
-        timings: dict[str, Timing] = alternate(pair, "squish", rounds)
-        ours, stable = (timings[space].milliseconds * 1e3 / CALLS for space in pair)
-        print(f"| {name} | {ours:.2f} | {stable:.2f} | {timings['squish_stable'].ratio:.2f} |")
+        times = alternate(pair, rounds)
+        ours, stable = (times.milliseconds(space) * 1e3 / CALLS for space in pair)
+        print(f"| {name} | {ours:.2f} | {stable:.2f} | {times.ratio('squish_stable', 'squish'):.2f} |")
 
 
 def time_calls(rounds: int) -> None:
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="how often each file is compiled")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(machine())
+    print(conditions())
     with tempfile.TemporaryDirectory() as name:
         stable = build(Path(name), options.repeats)
         compare(library_path(), stable, options.pythons, Path(name))
