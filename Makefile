@@ -4,7 +4,7 @@
 help:
 	@echo "make demo    quantize a real sentence model, compare it with the dense one, convert its checkpoint"
 	@echo "make test    the whole test suite"
-	@echo "make compatibility  build and test with every torch, Python and compiler of noxfile.py (hours, 30 GB)"
+	@echo "make compatibility  build and test with every torch and compiler of noxfile.py (an hour, 40 GB)"
 	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   the benchmarks, into docs/benchmarks (fifteen minutes of a machine that does nothing else)"

@@ -2,7 +2,7 @@
 
 A row of the matrix takes what a user takes: the sdist, unpacked in a path with spaces, is installed into a virtual
 environment with that torch, and the core tests run on the installed package. Then `nox -s table` prints what passed.
-CI runs the pinned torch alone (make test); this takes about half an hour and 5 GB of disk for each torch with CUDA.
+CI runs the pinned torch alone (make test); a row takes five to ten minutes, and 6 GB of disk where torch has CUDA.
 """
 
 from __future__ import annotations
