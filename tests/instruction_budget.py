@@ -94,7 +94,9 @@ def kernels() -> Iterator[Codec | Linear]:
         kind = f"{path.capitalize()}Path"
         for dtype, name in [*floats.items(), ("float64", "double")]:
             function = f"encode_groups<{kind}, {name}>"
-            yield Codec(f"{path} absmax {dtype}", function, f"vpmaxud .*{register}", lanes)
+            sixteen_bits = path == "avx512" and dtype in ("bfloat16", "float16")  # compared as integers of 16 bits
+            marker, weights = ("vpmaxuw", 2 * lanes) if sixteen_bits else ("vpmaxud", lanes)
+            yield Codec(f"{path} absmax {dtype}", function, f"{marker} .*{register}", weights)
             yield Codec(f"{path} encode {dtype}", function, f"vdivps .*{register}", lanes)
     for dtype, name in floats.items():
         look_up = [(r"vpermps .*ymm", 4), (r"vpermps .*zmm", 16)]  # AVX2 looks a weight up in two halves of the table

@@ -85,11 +85,32 @@ struct Avx512Path {
   static uint32_t absmax_bits(const T* w, int64_t count) {
     const __m512i magnitude = _mm512_set1_epi32(static_cast<int>(nf4::kMagnitudeMask));
     __m512i largest = _mm512_setzero_si512();
-    for (int64_t i = 0; i < count; i += 16) {
-      const __m512i bits = _mm512_castps_si512(load(w + i, first_lanes(count - i)));
-      largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude));
-    }
+    const auto take = [&](__m512 weights) {
+      largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(weights), magnitude));
+    };
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) take(load(w + i, 0xffff));
+    if (const __mmask16 rest = first_lanes(count - i); rest != 0) take(load(w + i, rest));
     return _mm512_reduce_max_epu32(largest);
+  }
+
+  // The bits of 16-bit magnitudes are ordered as the magnitudes are, NaN above infinity: 32 of them in a register.
+  static uint32_t absmax_bits(const BFloat16* w, int64_t count) { return absmax_of_sixteen_bits(w, count); }
+  static uint32_t absmax_bits(const Float16* w, int64_t count) { return absmax_of_sixteen_bits(w, count); }
+  template <typename T>
+  static uint32_t absmax_of_sixteen_bits(const T* w, int64_t count) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    __m512i largest = _mm512_setzero_si512();
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32)
+      largest = _mm512_max_epu16(largest, _mm512_and_si512(_mm512_loadu_si512(w + i), magnitude));
+    if (i < count) {
+      const __m512i rest = _mm512_maskz_loadu_epi16((__mmask32{1} << (count - i)) - 1, w + i);
+      largest = _mm512_max_epu16(largest, _mm512_and_si512(rest, magnitude));
+    }
+    const __m512i low = _mm512_and_si512(largest, _mm512_set1_epi32(0xffff)), high = _mm512_srli_epi32(largest, 16);
+    const uint32_t most = _mm512_reduce_max_epu32(_mm512_max_epu32(low, high));
+    return nf4::bits_of(nf4::to_float(T{static_cast<uint16_t>(most)}));
   }
 
   // Whole steps are stored whole: a masked store costs several times as much on some processors.
