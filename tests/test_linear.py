@@ -205,6 +205,17 @@ def test_an_activation_gets_the_bits_that_it_gets_among_others(
         assert torch.equal(few, OPS.linear_nf4(x, packed, scales, None, 64)[:m])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_activations_than_are_packed_at_once(rng: np.random.Generator, dtype: torch.dtype) -> None:
+    """8 MiB hold 15 float32 or 31 bfloat16 activations of 131,072 columns, in blocks of six."""
+    weight = packed_weight(rng, 5, 131072, 64)
+    x = torch.from_numpy(rng.standard_normal((40, 131072), dtype=np.float32)).to(dtype)
+    require_definition(x, weight, None, 64)
+    y = OPS.linear_nf4(x, *weight[:2], None, 64)
+    for m in (13, 37):
+        assert torch.equal(OPS.linear_nf4(x[:m], *weight[:2], None, 64), y[:m])
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_where_aten_multiplies_the_definition_and_every_run_agree(rng: np.random.Generator, with_bias: bool) -> None:
     """From 1024 bfloat16 activations on (docs/numerics.md); a bias of another dtype is not ATen's."""

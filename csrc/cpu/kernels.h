@@ -53,8 +53,9 @@ using Pack = void (*)(const T* x, int64_t m, int64_t d, int64_t stride, int64_t 
 // The dot products of all rows of the runs with m activations, accumulated in float32:
 //   sums[(i * rows + row) * kRuns + run] = sum over columns of decoded(run, row, column) * x[i](column)
 //   x: the packed blocks, one after another. scratch: linear_scratch<Element>(m, rows) elements, on 64 bytes.
-// The order of summation depends on the path and on columns, and on nothing else. A decoded weight is rounded to
-// Element; the products of two bfloat16 are exact, but subnormal ones count as zero.
+// The order of summation depends on the path, columns and group_size, and on whether the activations are few enough to
+// be multiplied while the weight is decoded. A decoded weight is rounded to Element; the products of two bfloat16 are
+// exact, but subnormal ones count as zero.
 // Promised by the caller: group_size >= 1, columns a multiple of 2 and of group_size.
 template <typename Element>
 using Multiply = void (*)(const RowRuns& runs, int64_t columns, int64_t group_size, const Element* x, int64_t m,

@@ -26,7 +26,9 @@ void multiply(const cpu::LinearKernels<Element>& kernels, const Tensor& x, const
   const int64_t m = x.size(0), d = x.size(1), n = packed.size(0), columns = packed.size(1) * 2;
   const int64_t padded = cpu::packed_elements(kernels, columns);
   const int64_t bytes = std::max<int64_t>(padded, 1) * int64_t{sizeof(Element)};
-  const int64_t stretch = std::max<int64_t>(1, kActivationBytes / bytes / kernels.block) * kernels.block;
+  // Stretches of about equal length, of two blocks at least: so none is a few that would be summed in another order.
+  const int64_t most = std::max<int64_t>(2, kActivationBytes / bytes / kernels.block) * kernels.block;
+  const int64_t stretches = (m + most - 1) / most, stretch = (m + stretches - 1) / stretches;
   const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(std::min(m, stretch) * bytes);
   Element* activations = static_cast<Element*>(scratch.get());
   const T* values = static_cast<const T*>(x.const_data_ptr());
