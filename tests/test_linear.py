@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import lcm
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,21 @@ from torch import Tensor
 import squish_nf4
 from tests import reference
 from tests.fresh_process import run_python
-from tests.helpers import ForcedIsa, relative
+from tests.helpers import ForcedIsa, relative, require
 
 OPS = torch.ops.squish
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GROUP_SIZES = [1, 2, 3, 16, 32, 64, 100]
 BATCHES = [1, 2, 4, 5, 6, 7, 12, 13, 40, 47, 48, 300]
+
+
+AMX = "amx_bf16" in Path("/proc/cpuinfo").read_text()
+
+
+def require_own_kernels(dtype: torch.dtype, m: int) -> None:
+    """Where ATen multiplies instead (docs/numerics.md), the bits may depend on the number of threads."""
+    aten = dtype == torch.bfloat16 and m >= (32 if AMX else 1024)
+    require("own-kernels", not aten, f"ATen multiplies {m} bfloat16 activations on this processor")
 
 
 def packed_weight(rng: np.random.Generator, n: int, d: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,6 +187,7 @@ def test_the_bias_is_added_in_float32_before_the_one_rounding(
 @pytest.mark.parametrize("m", [1, 2, 4, 5, 7, 47, 48, 65, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_of_threads_gives_the_same_bits(rng: np.random.Generator, dtype: torch.dtype, m: int) -> None:
+    require_own_kernels(dtype, m)
     before = torch.get_num_threads()
     for n, d, group_size in [(1000, 1000, 8), (301, 512, 64), (3, 8192, 64), (70, 90, 3)]:
         packed, scales, _ = packed_weight(rng, n, d, group_size)
@@ -197,6 +208,7 @@ def test_an_activation_gets_the_bits_that_it_gets_among_others(
     rng: np.random.Generator, dtype: torch.dtype, m: int
 ) -> None:
     """Of as many: up to four activations, and from five on, the order of summation is the same."""
+    require_own_kernels(dtype, m + 40)
     packed, scales, _ = packed_weight(rng, 70, 4800, 64)
     x = torch.from_numpy(rng.standard_normal((m + 40, 4800), dtype=np.float32)).to(dtype)
     few = OPS.linear_nf4(x[:m], packed, scales, None, 64)
@@ -208,6 +220,7 @@ def test_an_activation_gets_the_bits_that_it_gets_among_others(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_activations_than_are_packed_at_once(rng: np.random.Generator, dtype: torch.dtype) -> None:
     """8 MiB hold 15 float32 or 31 bfloat16 activations of 131,072 columns, in blocks of six."""
+    require_own_kernels(dtype, 40)
     weight = packed_weight(rng, 5, 131072, 64)
     x = torch.from_numpy(rng.standard_normal((40, 131072), dtype=np.float32)).to(dtype)
     require_definition(x, weight, None, 64)
