@@ -219,7 +219,7 @@ def test_an_activation_gets_the_bits_that_it_gets_among_others(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_activations_than_are_packed_at_once(rng: np.random.Generator, dtype: torch.dtype) -> None:
-    """8 MiB hold 15 float32 or 31 bfloat16 activations of 131,072 columns, in blocks of six."""
+    """8 MiB hold 16 float32 or 32 bfloat16 activations of 131,072 columns."""
     require_own_kernels(dtype, 40)
     weight = packed_weight(rng, 5, 131072, 64)
     x = torch.from_numpy(rng.standard_normal((40, 131072), dtype=np.float32)).to(dtype)

@@ -39,10 +39,6 @@ struct RowRuns {
   int64_t rows;
 };
 
-// The rows of a run follow each other in memory, so what comes next is always ahead, also while a decoded chunk is
-// being multiplied and nothing is read.
-inline constexpr int64_t kPrefetchBytes = 1024;
-
 // Lays out a block of activations, 1 <= m <= `block` of LinearKernels, as Multiply reads them.
 //   x: m rows of d values, `stride` apart. out: m * columns elements (step_elements for `step` columns), `columns`
 //   being rounded up to whole steps.

@@ -70,6 +70,10 @@ static inline RowOfEachRun row_of_each_run(const RowRuns& runs, int64_t row, int
   return rows;
 }
 
+// The rows of a run follow each other in memory, so what comes next is always ahead, also while a decoded chunk is
+// being multiplied and nothing is read.
+inline constexpr int64_t kPrefetchBytes = 1024;
+
 static inline int64_t byte_of(int64_t column) { return static_cast<int64_t>(static_cast<uint64_t>(column) / 2); }
 
 // Calls use(run, levels, column) for every step of columns [first, last): runs innermost, so that four streams of

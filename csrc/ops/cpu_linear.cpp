@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "csrc/cpu/linear.h"
+#include "csrc/nf4/tiles.h"
 #include "csrc/ops/checks.h"
 #include "csrc/ops/cpu_rows.h"
 #include "csrc/ops/weight_tiles.h"
@@ -27,14 +28,13 @@ void multiply(const cpu::LinearKernels<Element>& kernels, const Tensor& x, const
   const int64_t padded = cpu::packed_elements(kernels, columns);
   const int64_t bytes = std::max<int64_t>(padded, 1) * int64_t{sizeof(Element)};
   // Stretches of about equal length, of two blocks at least: so none is a few that would be summed in another order.
-  const int64_t most = std::max<int64_t>(2, kActivationBytes / bytes / kernels.block) * kernels.block;
-  const int64_t stretches = (m + most - 1) / most, stretch = (m + stretches - 1) / stretches;
-  const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(std::min(m, stretch) * bytes);
+  const nf4::Tiles stretches = nf4::cut_rows(m, bytes, std::max(kActivationBytes, 2 * kernels.block * bytes));
+  const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(stretches.rows * bytes);
   Element* activations = static_cast<Element*>(scratch.get());
   const T* values = static_cast<const T*>(x.const_data_ptr());
   T* out = static_cast<T*>(y.mutable_data_ptr());
-  for (int64_t first = 0; first < m; first += stretch) {
-    const int64_t count = std::min(stretch, m - first), blocks = (count + kernels.block - 1) / kernels.block;
+  for (int64_t first = 0; first < m; first += stretches.rows) {
+    const int64_t count = std::min(stretches.rows, m - first), blocks = (count + kernels.block - 1) / kernels.block;
     const int64_t work = std::max<int64_t>(1, std::min(count, kernels.block) * padded);
     parallel_for(0, blocks, std::max<int64_t>(1, kMultipliesPerThread / work), [&](int64_t begin, int64_t end) {
       const cpu::DefaultFloatEnvironment environment;
