@@ -103,7 +103,9 @@ def kernels() -> Iterator[Codec | Linear]:
         if dtype != "float32":
             look_up = [(r"vpshufb .*xmm", 8), (r"vpermw .*zmm", 32)]  # or in two planes of bytes
         for path, (marker, weights) in zip(("Avx2", "Avx512"), look_up, strict=True):
-            yield Codec(f"{path.lower()} decode {dtype}", f"decode_columns<{path}Path, {name}>", marker, weights)
+            for number, stores in enumerate(("", " past the caches")):
+                function = f"decode_columns<{path}Path, (Stores){number}, {name}>"
+                yield Codec(f"{path.lower()} decode {dtype}{stores}", function, marker, weights)
     for m in range(1, 5):  # two planes of bytes, each looked up for 32 columns
         yield Codec(f"avx2 linear int16: M={m}", f"avx2::multiply_row<{m}, false>", "vpshufb .*ymm", 16)
     rows = "multiply_rows<{}>".format

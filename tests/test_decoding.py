@@ -6,6 +6,7 @@ Functions named ``check_...`` run in a child process in which one CPU path is fo
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +153,37 @@ def check_layouts(isa: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layout_in_memory_changes_nothing(forced_isa: ForcedIsa, dtype: str) -> None:
     forced_isa(check_layouts, forced_isa.isa, dtype)
+
+
+def check_far_larger_than_the_caches(isa: str, dtype: str) -> None:
+    """Such results are stored past the caches if out and the groups allow it: its bits are those of its parts."""
+    assert _C.cpu_isa() == isa
+    rng = np.random.default_rng(6)
+    columns = 4096
+    packed = any_bytes(rng, last_cache_bytes() * 2 // columns // DTYPES[dtype].itemsize, columns)
+    for group_size in (32, 2048):
+        scales = torch.from_numpy(rng.standard_normal((len(packed), columns // group_size)).astype(np.float32))
+        whole = torch.empty(len(packed) + 1, columns, dtype=DTYPES[dtype])
+        whole[-1] = 7.0
+        torch.ops.squish.dequantize_nf4.out(packed, scales, group_size, out=whole[:-1])
+        for first in range(0, len(packed), 97):
+            rows = slice(first, min(first + 97, len(packed)))
+            part = torch.ops.squish.dequantize_nf4(packed[rows], scales[rows], group_size, dtype=DTYPES[dtype])
+            assert torch.equal(whole[rows], part)
+        assert bool((whole[-1] == 7.0).all()), "written beyond out"
+        assert_decodes_to_the_definition(packed[-9:], scales[-9:], group_size, dtype, isa)
+
+
+def last_cache_bytes() -> int:
+    try:
+        return int(Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 32 << 20
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_result_far_larger_than_the_caches(forced_isa: ForcedIsa, dtype: str) -> None:
+    forced_isa(check_far_larger_than_the_caches, forced_isa.isa, dtype)
 
 
 def check_modes(isa: str) -> None:

@@ -88,6 +88,23 @@ inline BytePlanes byte_planes(float scale) {
           _mm_load_si128(reinterpret_cast<const __m128i*>(high))};
 }
 
+template <Stores kStores>
+inline void store(float* to, __m256 x) {
+  if constexpr (kStores == Stores::kPastCaches) {
+    _mm256_stream_ps(to, x);
+  } else {
+    _mm256_storeu_ps(to, x);
+  }
+}
+template <Stores kStores>
+inline void store(void* to, __m128i x) {
+  if constexpr (kStores == Stores::kPastCaches) {
+    _mm_stream_si128(static_cast<__m128i*>(to), x);
+  } else {
+    _mm_storeu_si128(static_cast<__m128i*>(to), x);
+  }
+}
+
 struct Avx2Path {
   template <typename T>
   static uint32_t absmax_bits(const T* w, int64_t count) {
@@ -121,6 +138,7 @@ struct Avx2Path {
     nf4::encode_pairs(w + i, count - i, scale, nf4::kCodebook.boundary, packed + i / 2);
   }
 
+  template <Stores kStores>
   static void decode_pairs(const uint8_t* packed, int64_t count, float scale, float* out) {
     const Table table = scaled_levels(scale);
     int64_t i = 0;
@@ -129,12 +147,12 @@ struct Avx2Path {
       std::memcpy(&bytes, packed + i / 2, sizeof bytes);
       const __m256i pair = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes));
       const __m256i index = _mm256_or_si256(pair, _mm256_slli_epi64(pair, 32 - nf4::kOddColumnShift));
-      _mm256_storeu_ps(out + i, look_up(table, index));
+      store<kStores>(out + i, look_up(table, index));
     }
     nf4::decode_pairs(packed + i / 2, count - i, scale, nf4::kCodebook.level, out + i);
   }
 
-  template <typename T>
+  template <Stores kStores, typename T>
   static void decode_pairs(const uint8_t* packed, int64_t count, float scale, T* out) {
     if (count < 16) return nf4::decode_pairs(packed, count, scale, nf4::kCodebook.level, out);
     const BytePlanes planes = byte_planes<T>(scale);
@@ -146,11 +164,13 @@ struct Avx2Path {
       const __m128i odd = _mm_and_si128(_mm_srli_epi16(bytes, nf4::kOddColumnShift), nibble);
       const __m128i index = _mm_unpacklo_epi8(even, odd);
       const __m128i low = _mm_shuffle_epi8(planes.low, index), high = _mm_shuffle_epi8(planes.high, index);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_unpacklo_epi8(low, high));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i + 8), _mm_unpackhi_epi8(low, high));
+      store<kStores>(out + i, _mm_unpacklo_epi8(low, high));
+      store<kStores>(out + i + 8, _mm_unpackhi_epi8(low, high));
     }
     nf4::decode_pairs(packed + i / 2, count - i, scale, nf4::kCodebook.level, out + i);
   }
+
+  static void fence() { _mm_sfence(); }
 };
 
 struct Avx2Floats {
@@ -158,7 +178,7 @@ struct Avx2Floats {
   using Operand = __m256;
   using Sum = __m256;
   static constexpr int64_t kLanes = 8;
-  static constexpr auto decode_columns = &cpu::decode_columns<Avx2Path, float>;
+  static constexpr auto decode_columns = &cpu::decode_columns<Avx2Path, Stores::kCached, float>;
   static constexpr int kBlock = 2, kFew = 1;
   struct OneGroup {
     __m256 low, high;

@@ -80,6 +80,15 @@ inline __m512i decode_thirty_two(__m128i bytes, __m512i table) {
   return _mm512_permutexvar_epi16(_mm512_or_si512(pair, _mm512_slli_epi32(pair, 16 - nf4::kOddColumnShift)), table);
 }
 
+template <Stores kStores>
+inline void store(void* to, __m512i x) {
+  if constexpr (kStores == Stores::kPastCaches) {
+    _mm512_stream_si512(static_cast<__m512i*>(to), x);
+  } else {
+    _mm512_storeu_si512(to, x);
+  }
+}
+
 struct Avx512Path {
   template <typename T>
   static uint32_t absmax_bits(const T* w, int64_t count) {
@@ -124,12 +133,13 @@ struct Avx512Path {
       _mm_mask_storeu_epi8(packed + i / 2, first_lanes((count - i) / 2), encode_sixteen(load(w + i, rest), divisor));
   }
 
+  template <Stores kStores>
   static void decode_pairs(const uint8_t* packed, int64_t count, float scale, float* out) {
     const __m512 table = scaled_levels(scale);
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
       const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + i / 2));
-      _mm512_storeu_ps(out + i, decode_sixteen(bytes, table));
+      store<kStores>(out + i, _mm512_castps_si512(decode_sixteen(bytes, table)));
     }
     if (const __mmask16 rest = first_lanes(count - i); rest != 0) {
       const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes((count - i) / 2), packed + i / 2);
@@ -138,19 +148,21 @@ struct Avx512Path {
   }
 
   // The sixteen values of the group are rounded, not the columns. vpermw reads five bits: both halves hold the table.
-  template <typename T>
+  template <Stores kStores, typename T>
   static void decode_pairs(const uint8_t* packed, int64_t count, float scale, T* out) {
     const __m512i table = _mm512_broadcast_i64x4(round_to(T{}, scaled_levels(scale)));
     int64_t i = 0;
     for (; i + 32 <= count; i += 32) {
       const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i / 2));
-      _mm512_storeu_si512(out + i, decode_thirty_two(bytes, table));
+      store<kStores>(out + i, decode_thirty_two(bytes, table));
     }
     if (i < count) {
       const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes((count - i) / 2), packed + i / 2);
       _mm512_mask_storeu_epi16(out + i, (__mmask32{1} << (count - i)) - 1, decode_thirty_two(bytes, table));
     }
   }
+
+  static void fence() { _mm_sfence(); }
 };
 
 struct Avx512Floats {
@@ -158,7 +170,7 @@ struct Avx512Floats {
   using Operand = __m512;
   using Sum = __m512;
   static constexpr int64_t kLanes = 16;
-  static constexpr auto decode_columns = &cpu::decode_columns<Avx512Path, float>;
+  static constexpr auto decode_columns = &cpu::decode_columns<Avx512Path, Stores::kCached, float>;
   static constexpr int kBlock = 6, kFew = 4;
   struct OneGroup {
     __m512 level;

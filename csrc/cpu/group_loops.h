@@ -1,7 +1,8 @@
 // The walk over groups that all CPU paths share. A path is a type `Path` in an anonymous namespace with
 //   absmax_bits(const T* w, count)                        the largest magnitude, as bits
 //   encode_pairs(const T* w, count, scale, packed)        an even count of columns, from an even column on
-//   decode_pairs(packed, count, scale, T* out)            likewise
+//   decode_pairs<Stores>(packed, count, scale, T* out)    likewise
+//   fence()                                               after stores past the caches
 // This header is included inside a path's target region: the loops are then compiled for that path, and being
 // templates over a local type, they stay in its object file.
 #pragma once
@@ -37,9 +38,13 @@ void encode_groups(const T* w, int64_t columns, int64_t group_size, uint8_t* pac
   }
 }
 
-template <class Path, typename T>
+// Bytes that are fetched ahead of stores past the caches, which leave a processor too busy to do so itself.
+inline constexpr int64_t kDecodePrefetchBytes = 1024;
+
+template <class Path, Stores kStores, typename T>
 void decode_columns(const uint8_t* packed, const float* scales, int64_t first, int64_t last, int64_t group_size,
                     T* out) {
+  constexpr bool kPastCaches = kStores == Stores::kPastCaches;
   const float* levels = nf4::kCodebook.level;
   out -= first;
   for (int64_t group = first / group_size, column = first; column < last; ++group) {
@@ -50,22 +55,31 @@ void decode_columns(const uint8_t* packed, const float* scales, int64_t first, i
       ++column;
     }
     const int64_t even_count = (end - column) & ~int64_t{1};
-    Path::decode_pairs(packed + column / 2, even_count, scale, out + column);
+    if constexpr (kPastCaches) __builtin_prefetch(packed + column / 2 + kDecodePrefetchBytes);
+    Path::template decode_pairs<kStores>(packed + column / 2, even_count, scale, out + column);
     column += even_count;
     if (column < end) {
       out[column] = nf4::decode<T>(nf4::even_index(packed[column / 2]), scale, levels);
       column = end;
     }
   }
+  if constexpr (kPastCaches) Path::fence();
 }
 
 template <class Path>
 constexpr Kernels kernels_of_path(const LinearKernels<float>& linear) {
   return {
-      &encode_groups<Path, float>,    &encode_groups<Path, double>,
-      &encode_groups<Path, BFloat16>, &encode_groups<Path, Float16>,
-      &decode_columns<Path, float>,   &decode_columns<Path, BFloat16>,
-      &decode_columns<Path, Float16>, linear,
+      &encode_groups<Path, float>,
+      &encode_groups<Path, double>,
+      &encode_groups<Path, BFloat16>,
+      &encode_groups<Path, Float16>,
+      &decode_columns<Path, Stores::kCached, float>,
+      &decode_columns<Path, Stores::kCached, BFloat16>,
+      &decode_columns<Path, Stores::kCached, Float16>,
+      &decode_columns<Path, Stores::kPastCaches, float>,
+      &decode_columns<Path, Stores::kPastCaches, BFloat16>,
+      &decode_columns<Path, Stores::kPastCaches, Float16>,
+      linear,
   };
 }
 

@@ -27,6 +27,12 @@ template <typename T>
 using Decode = void (*)(const uint8_t* packed, const float* scales, int64_t first, int64_t last, int64_t group_size,
                         T* out);
 
+// A Decode may come in a second form that stores past the caches, which is faster where the result is far larger than
+// they are, and much slower where it is not. Promised besides: whole groups of a multiple of kPastCachesColumns
+// columns, out on 64 bytes.
+enum class Stores { kCached, kPastCaches };
+inline constexpr int64_t kPastCachesColumns = 32;
+
 // --- the linear layer: y = x W^T, W packed ---
 //
 // A kernel reads four runs of rows side by side, one row of each at a time: memory serves four streams that lie apart
@@ -106,6 +112,9 @@ struct Kernels {
   Decode<float> decode_float32;
   Decode<BFloat16> decode_bfloat16;
   Decode<Float16> decode_float16;
+  Decode<float> decode_float32_past_caches;
+  Decode<BFloat16> decode_bfloat16_past_caches;
+  Decode<Float16> decode_float16_past_caches;
   LinearKernels<float> linear;
 };
 
@@ -125,10 +134,12 @@ Pack<T, Element> pack_kernel(const LinearKernels<Element>& kernels) {
 }
 
 template <typename T>
-Decode<T> decode_kernel(const Kernels& kernels) {
-  if constexpr (std::is_same_v<T, float>) return kernels.decode_float32;
-  if constexpr (std::is_same_v<T, BFloat16>) return kernels.decode_bfloat16;
-  if constexpr (std::is_same_v<T, Float16>) return kernels.decode_float16;
+Decode<T> decode_kernel(const Kernels& kernels, Stores stores = Stores::kCached) {
+  const bool cached = stores == Stores::kCached;
+  if constexpr (std::is_same_v<T, float>) return cached ? kernels.decode_float32 : kernels.decode_float32_past_caches;
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return cached ? kernels.decode_bfloat16 : kernels.decode_bfloat16_past_caches;
+  if constexpr (std::is_same_v<T, Float16>) return cached ? kernels.decode_float16 : kernels.decode_float16_past_caches;
 }
 
 extern const Kernels kScalarKernels;
@@ -155,6 +166,9 @@ struct Selection {
 
 // The path for this process: the best one the CPU has, capped by SQUISH_NF4_ISA. Decided at the first call.
 SQUISH_EXPORT const Selection& selection();
+
+// Bytes of the cache that all of this processor's cores, or a part of them, share; a guess where it cannot be asked.
+SQUISH_EXPORT int64_t last_cache_bytes();
 
 // "scalar", "avx2", "avx512" or "avx512_bf16": the names that SQUISH_NF4_ISA takes.
 SQUISH_EXPORT const char* isa_name(Isa isa);

@@ -17,17 +17,19 @@ struct ScalarPath {
     nf4::encode_pairs(w, count, scale, nf4::kCodebook.boundary, packed);
   }
 
-  template <typename T>
+  // Plain C++ has no stores past the caches: both forms are one.
+  template <Stores, typename T>
   static void decode_pairs(const uint8_t* packed, int64_t count, float scale, T* out) {
     nf4::decode_pairs(packed, count, scale, nf4::kCodebook.level, out);
   }
+  static void fence() {}
 };
 
 // Eight lanes in plain C++: one running float32 sum over thousands of columns would lose digits.
 struct ScalarFloats {
   using Element = float;
   static constexpr int64_t kLanes = 8;
-  static constexpr auto decode_columns = &cpu::decode_columns<ScalarPath, float>;
+  static constexpr auto decode_columns = &cpu::decode_columns<ScalarPath, Stores::kCached, float>;
   static constexpr int kBlock = 2, kFew = 1;
   struct Operand {
     float lane[kLanes];

@@ -53,7 +53,8 @@ Tensor& dequantize_nf4_out(const Tensor& packed, const Tensor& scales, int64_t g
   check_dequantize_out(packed, scales, group_size, out);
   at::assert_no_overlap(out, packed);
   at::assert_no_overlap(out, scales);
-  decode_matrix(*selected().kernels, packed.contiguous(), scales.contiguous(), group_size, out);
+  decode_matrix(*selected().kernels, packed.contiguous(), scales.contiguous(), group_size, out,
+                stores_for(out, group_size));
   return out;
 }
 

@@ -41,16 +41,26 @@ void for_each_stretch(int64_t n, int64_t d, int64_t group_size, bool contiguous,
   });
 }
 
+// The stores for a large result in memory that is there already. The pages of fresh memory are cleared by the system
+// when they are first touched, and then lie in the caches: stores past these would only push them out.
+inline cpu::Stores stores_for(const Tensor& out, int64_t group_size) {
+  const bool possible =
+      group_size % cpu::kPastCachesColumns == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
+  const bool large = static_cast<int64_t>(out.nbytes()) > cpu::last_cache_bytes() * 3 / 2;
+  return possible && large ? cpu::Stores::kPastCaches : cpu::Stores::kCached;
+}
+
 // Decodes a contiguous packed matrix into `out`, contiguous.
 inline void decode_matrix(const cpu::Kernels& kernels, const Tensor& packed, const Tensor& scales, int64_t group_size,
-                          const Tensor& out) {
+                          const Tensor& out, cpu::Stores stores = cpu::Stores::kCached) {
   const uint8_t* bytes = packed.const_data_ptr<uint8_t>();
   const float* scale = scales.const_data_ptr<float>();
   with_storage_type(out.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     T* values = static_cast<T*>(out.mutable_data_ptr());
+    const auto decode = cpu::decode_kernel<T>(kernels, stores);
     for_each_stretch(out.size(0), out.size(1), group_size, /*contiguous=*/true, [&](int64_t at, int64_t count) {
-      cpu::decode_kernel<T>(kernels)(bytes + at / 2, scale + at / group_size, 0, count, group_size, values + at);
+      decode(bytes + at / 2, scale + at / group_size, 0, count, group_size, values + at);
     });
   });
 }

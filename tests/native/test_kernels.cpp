@@ -17,7 +17,8 @@ using namespace squish;
 using nf4::BFloat16;
 using nf4::Float16;
 
-constexpr int64_t kGroupSizes[] = {1, 2, 3, 4, 5, 7, 8, 14, 15, 16, 17, 30, 31, 32, 33, 34, 48, 63, 64, 66, 100, 130};
+constexpr int64_t kGroupSizes[] = {1,  2,  3,  4,  5,  7,  8,  14, 15, 16,  17, 30,
+                                   31, 32, 33, 34, 48, 63, 64, 66, 96, 100, 130};
 
 template <typename T>
 constexpr auto encoder() {
@@ -25,12 +26,6 @@ constexpr auto encoder() {
   if constexpr (std::is_same_v<T, double>) return &cpu::Kernels::encode_float64;
   if constexpr (std::is_same_v<T, BFloat16>) return &cpu::Kernels::encode_bfloat16;
   if constexpr (std::is_same_v<T, Float16>) return &cpu::Kernels::encode_float16;
-}
-template <typename T>
-constexpr auto decoder() {
-  if constexpr (std::is_same_v<T, float>) return &cpu::Kernels::decode_float32;
-  if constexpr (std::is_same_v<T, BFloat16>) return &cpu::Kernels::decode_bfloat16;
-  if constexpr (std::is_same_v<T, Float16>) return &cpu::Kernels::decode_float16;
 }
 
 template <typename T>
@@ -84,11 +79,11 @@ void check_encode(const Path& path, Random& random, int64_t columns, int64_t gro
 
 template <typename T>
 void check_decode(const Path& path, const std::vector<uint8_t>& bytes, const std::vector<float>& scales, int64_t first,
-                  int64_t last, int64_t group_size, Place place) {
+                  int64_t last, int64_t group_size, Place place, cpu::Stores stores) {
   Buffer<uint8_t> packed(bytes, place);
   Buffer<float> scale(scales, place);
   Buffer<T> out(last - first, place);
-  (path.kernels->*decoder<T>())(packed.data(), scale.data(), first, last, group_size, out.data());
+  cpu::decode_kernel<T>(*path.kernels, stores)(packed.data(), scale.data(), first, last, group_size, out.data());
   for (int64_t i = first; i < last; ++i) {
     const uint32_t index = i % 2 == 0 ? nf4::even_index(bytes[i / 2]) : nf4::odd_index(bytes[i / 2]);
     const T expected = nf4::decode<T>(index, scales[i / group_size], nf4::kCodebook.level);
@@ -110,7 +105,11 @@ void check_decode(const Path& path, Random& random, int64_t columns, int64_t gro
   const int64_t pairs = columns / 2, middle = pairs == 0 ? 0 : random.bits() % pairs * 2;
   const int64_t after = middle + (columns == middle ? 0 : random.bits() % ((columns - middle) / 2 + 1) * 2);
   for (const auto& [first, last] : {std::pair(int64_t{0}, columns), std::pair(middle, after)})
-    for (Place place : kPlaces) check_decode<T>(path, bytes, scales, first, last, group_size, place);
+    for (Place place : kPlaces)
+      check_decode<T>(path, bytes, scales, first, last, group_size, place, cpu::Stores::kCached);
+  if (group_size % cpu::kPastCachesColumns != 0) return;
+  for (Place on_64_bytes : {Place::kBeforeGuard, Place::kAfterGuard})
+    check_decode<T>(path, bytes, scales, 0, columns, group_size, on_64_bytes, cpu::Stores::kPastCaches);
 }
 void encode_under(const cpu::Kernels& kernels, const std::vector<float>& w, uint8_t* packed, float* scale) {
   const cpu::DefaultFloatEnvironment environment;
