@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -51,41 +50,41 @@ class Codec:
     marker: str
     weights: int
 
-    def counts(self, function: Function) -> Iterator[tuple[str, Count]]:
+    def counts(self, built: Mapping[str, Function]) -> Iterator[tuple[str, Count]]:
         """Of the innermost loop. A loop for tails, where the compiler made one, follows it."""
-        loops = function.loops(self.marker)
-        if loops:
+        if self.function in built and (loops := built[self.function].loops(self.marker)):
             loop = min(loops, key=lambda loop: (loop.blocks, loop.start, len(loop.code)))
             yield self.name, count(loop, self.weights * loop.count(self.marker))
 
 
 @dataclass(frozen=True)
 class Linear:
-    """The loops of multiply_rows, told apart by their lookups and products, which serve so many weights each."""
+    """The loops of linear_loops.h for one type of register, told apart by their look-ups and products."""
 
     name: str
-    function: str
+    registers: str
     step: int  # columns
     lookup: str
-    looked_up: int
     product: str
-    multiplied: int
+    multiplied: int  # weights by a product
 
-    def counts(self, function: Function) -> Iterator[tuple[str, Count]]:
-        """Some loops come twice: for groups of whole steps, and, with more to do, for several groups in a step."""
-        found = defaultdict(list)
+    def counts(self, built: Mapping[str, Function]) -> Iterator[tuple[str, Count]]:
+        for name, function in built.items():
+            if re.match(rf"(multiply_rows|multiply_few|multiply_block|decode_rows)<{self.registers}\b", name):
+                yield from self.counts_of_loops(function)
+
+    def counts_of_loops(self, function: Function) -> Iterator[tuple[str, Count]]:
+        """A loop that decodes takes a step of each run. The more kinds of groups it serves, the more blocks it has."""
+        weights = RUNS * self.step
         for loop in function.loops(f"{self.lookup}|{self.product}"):
-            decoded, multiplied = self.looked_up * loop.count(self.lookup), self.multiplied * loop.count(self.product)
-            if decoded == 0:
-                weights = RUNS * self.multiplied
-                found[f"multiply by {multiplied // weights}"].append(count(loop, weights))
-            elif decoded >= RUNS * self.step:  # else it prepares a table
-                doing = f"decode, multiply by {multiplied // decoded}" if multiplied else "decode"
-                found[doing].append(count(loop, decoded, around=True))
-        for doing, counts in found.items():
-            assert len(counts) <= 2, f"{self.function} has {len(counts)} loops that {doing}"
-            for which, one in zip(("", ", small groups"), sorted(counts), strict=False):
-                yield f"{self.name} {doing}{which}", one
+            products, lookups = loop.count(self.product) * self.multiplied, loop.count(self.lookup)
+            if lookups == 0:
+                half = RUNS * self.multiplied
+                yield f"{self.name} multiply by {products // half}", count(loop, half)
+            elif lookups >= 2 * RUNS:  # else it prepares a table
+                doing = f"decode, multiply by {products // weights}" if products else "decode"
+                groups = "" if loop.blocks == 1 else ", two groups" if loop.blocks < 10 else ", any groups"
+                yield f"{self.name} {doing}{groups}", count(loop, weights, around=groups == "")
 
 
 def kernels() -> Iterator[Codec | Linear]:
@@ -108,11 +107,10 @@ def kernels() -> Iterator[Codec | Linear]:
                 yield Codec(f"{path.lower()} decode {dtype}{stores}", function, marker, weights)
     for m in range(1, 5):  # two planes of bytes, each looked up for 32 columns
         yield Codec(f"avx2 linear int16: M={m}", f"avx2::multiply_row<{m}, false>", "vpshufb .*ymm", 16)
-    rows = "multiply_rows<{}>".format
     fma = r"vfmadd\d+ps "
-    yield Linear("avx2 linear float32:", rows("Avx2Floats"), 16, "vpermps .*ymm", 4, fma, 8)
-    yield Linear("avx512 linear float32:", rows("Avx512Floats"), 32, "vpermps .*zmm", 16, fma, 16)
-    yield Linear("avx512_bf16 linear bfloat16:", rows("Avx512BFloats"), 64, "vpermw .*zmm", 32, "vdpbf16ps ", 32)
+    yield Linear("avx2 linear float32:", "Avx2Floats", 16, "vpermps .*ymm", fma, 8)
+    yield Linear("avx512 linear float32:", "Avx512Floats", 32, "vpermps .*zmm", fma, 16)
+    yield Linear("avx512_bf16 linear bfloat16:", "Avx512BFloats", 64, r"vperm(w|ps) .*zmm", "vdpbf16ps ", 32)
 
 
 def measure(library: Path) -> dict[str, Count]:
@@ -120,8 +118,7 @@ def measure(library: Path) -> dict[str, Count]:
     built = {short_name(function.name): function for function in functions(library)}
     found: dict[str, Count] = {}
     for kernel in kernels():
-        if kernel.function in built:
-            found.update(sorted(kernel.counts(built[kernel.function])))
+        found.update(sorted(kernel.counts(built)))
     return found
 
 

@@ -224,7 +224,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
         const Tensor rows = in_one_piece(x), p = in_one_piece(packed), s = in_one_piece(scales);
         const cpu::Selection& path = cpu::selection();
         if constexpr (std::is_same_v<T, nf4::BFloat16>)
-          if (path.linear_bfloat16 != nullptr && path.linear_bfloat16->fits(packed.size(1) * 2, group_size))
+          if (path.linear_bfloat16 != nullptr)
             return multiply<T, T>(*path.linear_bfloat16, rows, p, s, bias_values, group_size, y);
         multiply<float, T>(kernels().linear, rows, p, s, bias_values, group_size, y);
       }

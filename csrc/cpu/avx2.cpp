@@ -178,7 +178,6 @@ struct Avx2Floats {
   using Operand = __m256;
   using Sum = __m256;
   static constexpr int64_t kLanes = 8;
-  static constexpr auto decode_columns = &cpu::decode_columns<Avx2Path, Stores::kCached, float>;
   static constexpr int kBlock = 2, kFew = 1;
   struct OneGroup {
     __m256 low, high;
@@ -188,35 +187,39 @@ struct Avx2Floats {
       high = _mm256_mul_ps(_mm256_loadu_ps(nf4::kCodebook.level + 8), _mm256_set1_ps(scale));
     }
   };
-  static constexpr int64_t kMostGroups = kLanes;
-  struct SomeGroups {
-    __m256 scale;  // of each lane's two columns
-    SomeGroups() = default;
-    SomeGroups(const float* scales, int shift) {
-      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-      scale = _mm256_permutevar8x32_ps(load(scales, kLanes >> shift), _mm256_srl_epi32(lane, _mm_cvtsi32_si128(shift)));
-    }
-    // Two, four or eight scales. Not by a masked load: emulators are known to touch what the mask leaves out.
-    static __m256 load(const float* scales, int64_t count) {
-      if (count == 8) return _mm256_loadu_ps(scales);
-      if (count == 4) return _mm256_castps128_ps256(_mm_loadu_ps(scales));
-      return _mm256_castps128_ps256(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(scales))));
-    }
+  struct TwoGroups {
+    __m256 scale;
+    TwoGroups(float a, float b) : scale(_mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a))) {}
   };
+  using Lanes = avx2::Lanes;
+  using LaneScales = avx2::LaneScales;
 
-  static void decode(const uint8_t* packed, const Table& table, __m256& even, __m256& odd) {
-    const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+  static Table unscaled() { return {_mm256_loadu_ps(nf4::kCodebook.level), _mm256_loadu_ps(nf4::kCodebook.level + 8)}; }
+  static void decode(__m128i bytes, const Table& table, __m256& even, __m256& odd) {
+    const __m256i byte = _mm256_cvtepu8_epi32(bytes);
     even = look_up(table, byte);
     odd = look_up(table, _mm256_srli_epi32(byte, nf4::kOddColumnShift));
   }
   static void decode(const uint8_t* packed, const OneGroup& levels, __m256& even, __m256& odd) {
-    decode(packed, Table{levels.low, levels.high}, even, odd);
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed));
+    decode(bytes, Table{levels.low, levels.high}, even, odd);
   }
-  static void decode(const uint8_t* packed, const SomeGroups& levels, __m256& even, __m256& odd) {
-    const float* level = nf4::kCodebook.level;
-    decode(packed, Table{_mm256_loadu_ps(level), _mm256_loadu_ps(level + 8)}, even, odd);
-    even = _mm256_mul_ps(even, levels.scale);
-    odd = _mm256_mul_ps(odd, levels.scale);
+  static void decode(const uint8_t* packed, const TwoGroups& groups, __m256& even, __m256& odd) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed));
+    decode(bytes, unscaled(), even, odd);
+    even = _mm256_mul_ps(even, groups.scale);
+    odd = _mm256_mul_ps(odd, groups.scale);
+  }
+  static void decode(const uint8_t* packed, const LaneScales& scales, __m256& even, __m256& odd) {
+    uint64_t bytes = 0;
+    if (scales.bytes == sizeof bytes) {
+      std::memcpy(&bytes, packed, sizeof bytes);
+    } else {
+      std::memcpy(&bytes, packed, static_cast<size_t>(scales.bytes));
+    }
+    decode(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)), unscaled(), even, odd);
+    even = _mm256_mul_ps(even, scales.even);
+    odd = _mm256_mul_ps(odd, scales.odd);
   }
   static Sum zero() { return _mm256_setzero_ps(); }
   static __m256 load(const float* x) { return _mm256_loadu_ps(x); }

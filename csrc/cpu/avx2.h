@@ -1,12 +1,75 @@
 // What the AVX2 files share. Included inside their target regions, and therefore with internal linkage.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
+#include "csrc/cpu/group_cursor.h"
+
 namespace squish::cpu::avx2 {
+namespace {
 
 // The total of each of four registers, in this order.
-static inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
+inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
   const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
 }
 
+// The groups of eight lanes of two columns, where they are not all of one. See linear_loops.h.
+struct Lanes {
+  __m256i even, odd;  // the groups of a lane's two columns, counted from the cursor's: less than 16
+  __m256 inside;      // all ones in the lanes whose columns the row has
+  int64_t bytes;      // of a row, for these lanes
+  int64_t groups;     // touched
+
+  explicit Lanes(const GroupCursor& cursor)
+      : bytes(std::min<int64_t>((cursor.columns - cursor.column) / 2, 8)), groups(groups_touched(cursor, 2 * bytes)) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), one = _mm256_set1_epi32(1);
+    const __m256i is_inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(bytes)), lane);
+    inside = _mm256_castsi256_ps(is_inside);
+    // A column d columns after the second group's first belongs to group 1 + floor(d / group_size). Half a column more
+    // keeps the quotients away from whole numbers; how far before it a column lies makes no difference.
+    const auto to_second = static_cast<int>(std::min<int64_t>(cursor.left, 1 << 20));
+    const __m256 distance =
+        _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(lane, lane), _mm256_set1_epi32(to_second)));
+    const auto group_of = [&](float further) {
+      const __m256 quotient =
+          _mm256_mul_ps(_mm256_add_ps(distance, _mm256_set1_ps(further)), _mm256_set1_ps(cursor.per_column));
+      const __m256i group = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(quotient)), one);
+      return _mm256_and_si256(group, is_inside);
+    };
+    even = group_of(0.5f);
+    odd = group_of(1.5f);
+  }
+};
+
+struct LaneScales {
+  __m256 even, odd;
+  int64_t bytes;
+
+  LaneScales(const float* scales, const Lanes& lanes) : bytes(lanes.bytes) {
+    if (lanes.groups <= 2) {
+      const __m256 first = _mm256_broadcast_ss(scales), second = _mm256_broadcast_ss(scales + lanes.groups - 1);
+      even = choose(first, second, lanes.even);
+      odd = choose(first, second, lanes.odd);
+    } else {
+      even = gather(scales, lanes.even);
+      odd = gather(scales, lanes.odd);
+    }
+    even = _mm256_and_ps(even, lanes.inside);
+    odd = _mm256_and_ps(odd, lanes.inside);
+  }
+  // Not vgatherdps, which emulators are known to get wrong.
+  __attribute__((noinline)) static __m256 gather(const float* scales, __m256i group) {
+    alignas(32) int32_t at[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(at), group);
+    return _mm256_setr_ps(scales[at[0]], scales[at[1]], scales[at[2]], scales[at[3]], scales[at[4]], scales[at[5]],
+                          scales[at[6]], scales[at[7]]);
+  }
+  static __m256 choose(__m256 first, __m256 second, __m256i group) {
+    return _mm256_blendv_ps(first, second, _mm256_castsi256_ps(_mm256_slli_epi32(group, 31)));
+  }
+};
+
+}  // namespace
 }  // namespace squish::cpu::avx2

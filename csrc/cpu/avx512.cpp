@@ -17,9 +17,7 @@ namespace {
 
 static_assert(nf4::kEvenColumnShift == 0 && nf4::kOddColumnShift == 4, "the shifts below assume this nibble order");
 
-inline __mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1);
-}
+using avx512::first_lanes;
 
 // Sixteen weights as float32; lanes outside the mask are zero and are not read.
 inline __m512 load(const float* w, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, w); }
@@ -170,7 +168,6 @@ struct Avx512Floats {
   using Operand = __m512;
   using Sum = __m512;
   static constexpr int64_t kLanes = 16;
-  static constexpr auto decode_columns = &cpu::decode_columns<Avx512Path, Stores::kCached, float>;
   static constexpr int kBlock = 6, kFew = 4;
   struct OneGroup {
     __m512 level;
@@ -178,29 +175,24 @@ struct Avx512Floats {
     explicit OneGroup(float scale)
         : level(_mm512_mul_ps(_mm512_loadu_ps(nf4::kCodebook.level), _mm512_set1_ps(scale))) {}
   };
-  static constexpr int64_t kMostGroups = kLanes;
-  struct SomeGroups {
-    __m512 scale;  // of each lane's two columns
-    SomeGroups() = default;
-    SomeGroups(const float* scales, int shift) {
-      const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      scale = _mm512_permutexvar_ps(_mm512_srl_epi32(lane, _mm_cvtsi32_si128(shift)),
-                                    _mm512_maskz_loadu_ps(first_lanes(kLanes >> shift), scales));
-    }
+  struct TwoGroups {
+    __m512 scale;
+    TwoGroups(float a, float b) : scale(_mm512_mask_mov_ps(_mm512_set1_ps(a), 0xff00, _mm512_set1_ps(b))) {}
   };
+  using Lanes = avx512::Lanes;
+  using LaneScales = avx512::LaneScales;
 
-  static void look_up(const uint8_t* packed, __m512 level, __m512& even, __m512& odd) {
-    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-    even = _mm512_permutexvar_ps(byte, level);
-    odd = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, nf4::kOddColumnShift), level);
-  }
   static void decode(const uint8_t* packed, const OneGroup& levels, __m512& even, __m512& odd) {
-    look_up(packed, levels.level, even, odd);
+    avx512::look_up(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)), levels.level, even, odd);
   }
-  static void decode(const uint8_t* packed, const SomeGroups& levels, __m512& even, __m512& odd) {
-    look_up(packed, _mm512_loadu_ps(nf4::kCodebook.level), even, odd);
-    even = _mm512_mul_ps(even, levels.scale);
-    odd = _mm512_mul_ps(odd, levels.scale);
+  static void decode(const uint8_t* packed, const TwoGroups& groups, __m512& even, __m512& odd) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+    avx512::look_up(bytes, _mm512_loadu_ps(nf4::kCodebook.level), even, odd);
+    even = _mm512_mul_ps(even, groups.scale);
+    odd = _mm512_mul_ps(odd, groups.scale);
+  }
+  static void decode(const uint8_t* packed, const LaneScales& scales, __m512& even, __m512& odd) {
+    avx512::decode(packed, scales, even, odd);
   }
   static Sum zero() { return _mm512_setzero_ps(); }
   static __m512 load(const float* x) { return _mm512_loadu_ps(x); }

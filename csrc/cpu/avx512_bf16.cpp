@@ -29,41 +29,59 @@ struct Avx512BFloats {
   using Sum = __m512;
   static constexpr int64_t kLanes = 32;
   static constexpr int kBlock = 6, kFew = 4;
-  static void decode_columns(const uint8_t* packed, const float* scales, int64_t first, int64_t last,
-                             int64_t group_size, BFloat16* out) {
-    kAvx512Kernels.decode_bfloat16(packed, scales, first, last, group_size, out);
-  }
-  // vpermw looks up the low five bits of a lane: one table twice, or two tables and a bit that chooses.
   struct OneGroup {
-    __m512i level;
+    __m512i level;  // twice: vpermw looks up the low five bits of a lane
     OneGroup() = default;
     explicit OneGroup(float scale) : level(_mm512_broadcast_i64x4(scaled_levels(scale))) {}
   };
-  static constexpr int64_t kMostGroups = 2;
-  struct SomeGroups {
+  struct TwoGroups {
     __m512i level;
-    SomeGroups() = default;
-    SomeGroups(const float* scales, int)
-        : level(_mm512_inserti64x4(_mm512_castsi256_si512(scaled_levels(scales[0])), scaled_levels(scales[1]), 1)) {}
+    TwoGroups(float a, float b)
+        : level(_mm512_inserti64x4(_mm512_castsi256_si512(scaled_levels(a)), scaled_levels(b), 1)) {}
+  };
+  // Decoded in float32, in two halves of sixteen lanes.
+  struct Lanes {
+    avx512::Lanes low, high;
+    int64_t to_high;  // groups
+    explicit Lanes(const GroupCursor& cursor) : Lanes(cursor, next_half(cursor)) {}
+    Lanes(const GroupCursor& first, const GroupCursor& second)
+        : low(first), high(second), to_high(second.group - first.group) {}
+    static GroupCursor next_half(GroupCursor cursor) {
+      advance(cursor, kLanes);
+      return cursor;
+    }
+  };
+  struct LaneScales {
+    avx512::LaneScales low, high;
+    LaneScales(const float* scales, const Lanes& lanes)
+        : low(scales, lanes.low), high(scales + lanes.to_high, lanes.high) {}
   };
 
   static __m512i load_bytes(const uint8_t* packed) {
     return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+  }
+  // The second half of the lanes looks up the second half of the table.
+  static __m512i choose_table(__m512i index) {
+    const __m512i nibble = _mm512_set1_epi16(nf4::kNibbleMask);
+    const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(nf4::kLevelCount), 1);
+    return _mm512_ternarylogic_epi32(index, nibble, second, 0xea);  // (index & nibble) | second
   }
   static void decode(const uint8_t* packed, const OneGroup& levels, __m512i& even, __m512i& odd) {
     const __m512i byte = load_bytes(packed);
     even = _mm512_permutexvar_epi16(byte, levels.level);
     odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, nf4::kOddColumnShift), levels.level);
   }
-  static void decode(const uint8_t* packed, const SomeGroups& levels, __m512i& even, __m512i& odd) {
+  static void decode(const uint8_t* packed, const TwoGroups& levels, __m512i& even, __m512i& odd) {
     const __m512i byte = load_bytes(packed);
     even = _mm512_permutexvar_epi16(choose_table(byte), levels.level);
     odd = _mm512_permutexvar_epi16(choose_table(_mm512_srli_epi16(byte, nf4::kOddColumnShift)), levels.level);
   }
-  static __m512i choose_table(__m512i index) {
-    const __m512i nibble = _mm512_set1_epi16(nf4::kNibbleMask);
-    const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(nf4::kLevelCount), 1);
-    return _mm512_ternarylogic_epi32(index, nibble, second, 0xea);  // (index & nibble) | second
+  static void decode(const uint8_t* packed, const LaneScales& scales, __m512i& even, __m512i& odd) {
+    __m512 low_even, low_odd, high_even, high_odd;
+    avx512::decode(packed, scales.low, low_even, low_odd);
+    avx512::decode(packed + kLanes / 2, scales.high, high_even, high_odd);
+    even = (__m512i)_mm512_cvtne2ps_pbh(high_even, low_even);
+    odd = (__m512i)_mm512_cvtne2ps_pbh(high_odd, low_odd);
   }
   static Sum zero() { return _mm512_setzero_ps(); }
   static __m512i load(const BFloat16* x) { return _mm512_loadu_si512(x); }
@@ -78,7 +96,7 @@ constinit const LinearKernels<BFloat16> kAvx512Bf16Linear = {
     2 * Avx512BFloats::kLanes,
     2 * Avx512BFloats::kLanes,
     Avx512BFloats::kBlock,
-    &fits<Avx512BFloats>,
+    nullptr,
     {&pack_rows<Avx512BFloats, BFloat16>},
     &multiply_rows<Avx512BFloats>,
 };

@@ -72,7 +72,7 @@ constexpr int64_t rows_decoded_at_once(int64_t m, int64_t rows) { return m < 48 
 
 template <typename Element>
 constexpr int64_t linear_scratch(int64_t m, int64_t rows) {
-  return (rows_decoded_at_once(m, rows) + 1) * kRuns * kLinearChunk<Element>;
+  return rows_decoded_at_once(m, rows) * kRuns * kLinearChunk<Element>;
 }
 
 template <typename Element>
@@ -96,10 +96,10 @@ struct Packs<int16_t> {
 
 template <typename Element>
 struct LinearKernels {
-  int64_t step;                                       // columns
-  int64_t step_elements;                              // what a packed activation takes for a step
-  int64_t block;                                      // activations
-  bool (*fits)(int64_t columns, int64_t group_size);  // false: right all the same, but decoded by a slow detour
+  int64_t step;                                        // columns
+  int64_t step_elements;                               // what a packed activation takes for a step
+  int64_t block;                                       // activations
+  bool (*takes)(int64_t columns, int64_t group_size);  // null: all
   Packs<Element> pack;
   Multiply<Element> multiply;
 };
@@ -146,7 +146,7 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;                       // x86-64 only
 extern const Kernels kAvx512Kernels;                     // x86-64 only
 extern const LinearKernels<BFloat16> kAvx512Bf16Linear;  // x86-64 only
-// Up to kMostInt16Activations finite 16-bit activations, for what it `fits` alone: there is no detour. x86-64 only.
+// Up to kMostInt16Activations finite 16-bit activations. x86-64 only.
 inline constexpr int kMostInt16Activations = 4;
 extern const LinearKernels<int16_t> kAvx2Int16Linear;
 

@@ -2,12 +2,14 @@
 // - Element: what is multiplied, float or BFloat16
 // - Operand, Sum, kLanes: a register of kLanes Elements, and one of float32 sums
 // - kBlock, kFew: activations that fit the registers beside four rows, and beside four rows that are being decoded
-// - OneGroup(scale), SomeGroups(scales, shift): what a step decodes to, if it lies in one group, or is 2 to kMostGroups
-//   groups of 2 << shift columns
-// - decode(packed, levels, even, odd): kLanes bytes to their even and their odd columns
+// - OneGroup(scale): what a step decodes to if it lies in one group
+// - TwoGroups(scale, scale): the same, if each half of its lanes does
+// - Lanes(GroupCursor): for all other steps, which group each lane's two columns belong to; the same for every row.
+//   LaneScales(scales from the cursor's group on, Lanes): their scales in one row
+// - decode(packed, one of these, even, odd): kLanes bytes to their even and their odd columns. With LaneScales it reads
+//   no bytes beyond the row, and columns there are zero
 // - zero(), load(Element*), store(Element*, Operand), multiply_add(Operand, Operand, Sum)
 // - totals(Sum a, b, c, d): the total of each
-// - decode_columns: a Decode<Element> (kernels.h), for groups that do not fit the lanes
 //
 // Both factors are laid out alike, in half steps: a step is 2 * kLanes columns, its first half the even ones and its
 // second the odd ones, as a byte holds them. Each half step holds kLanes elements of every row, one row after another.
@@ -16,6 +18,7 @@
 // linkage, and what it includes has been included before the region began.
 #pragma once
 
+#include "csrc/cpu/group_cursor.h"
 #include "csrc/cpu/linear_headers.h"
 
 namespace squish::cpu {
@@ -76,63 +79,68 @@ inline constexpr int64_t kPrefetchBytes = 1024;
 
 static inline int64_t byte_of(int64_t column) { return static_cast<int64_t>(static_cast<uint64_t>(column) / 2); }
 
-// Calls use(run, levels, column) for every step of columns [first, last): runs innermost, so that four streams of
-// memory are read side by side. Levels: V::OneGroup if a group is whole steps, V::SomeGroups if a step is whole groups.
-template <class V, class Levels, typename Use>
-inline void for_each_step(const RowOfEachRun& rows, int64_t first, int64_t last, int64_t group_size, const Use& use) {
+// Calls use(run, levels, column) for every step of columns [first, last), levels being OneGroup, TwoGroups or
+// LaneScales of V: runs innermost, so that four streams of memory are read side by side. Inlined, so that the sums of
+// `use` are registers.
+template <class V, typename Use>
+__attribute__((always_inline)) inline void for_each_step(const RowOfEachRun& rows, int64_t first, int64_t last,
+                                                         int64_t columns, int64_t group_size, const Use& use) {
   constexpr int64_t kStep = 2 * V::kLanes;
-  constexpr bool kSome = std::is_same_v<Levels, typename V::SomeGroups>;
-  const int64_t stretch = kSome ? kStep : group_size, groups = kSome ? kStep / group_size : 1;
-  const int shift = std::countr_zero(static_cast<uint64_t>(group_size)) - 1;
-  int64_t index = first / stretch, stop = (index + 1) * stretch;
-  for (int64_t column = first; column < last; stop += stretch, ++index) {
-    Levels levels[kRuns];
-    for (int run = 0; run < kRuns; ++run) {
-      const float* scales = rows.scales[run] + index * groups;
-      if constexpr (kSome) {
-        levels[run] = Levels(scales, shift);
-      } else {
-        levels[run] = Levels(*scales);
-      }
-    }
-    for (const int64_t end = std::min(stop, last); column < end; column += kStep)
-      for (int run = 0; run < kRuns; ++run) {
-        __builtin_prefetch(rows.packed[run] + byte_of(column) + kPrefetchBytes);
-        use(run, levels[run], column);
-      }
-  }
-}
-
-// Calls f(levels of the fitting type) if every step is decoded by one set of levels. If not, returns false: the columns
-// have to be decoded group by group.
-template <class V, typename F>
-inline bool with_levels(int64_t columns, int64_t group_size, const F& f) {
-  constexpr int64_t kStep = 2 * V::kLanes;
-  if (columns % kStep != 0) return false;
+  const auto use_levels = [&](int run, const auto& levels, int64_t column) __attribute__((always_inline)) {
+    __builtin_prefetch(rows.packed[run] + byte_of(column) + kPrefetchBytes);
+    use(run, levels, column);
+  };
   if (group_size % kStep == 0) {
-    f(typename V::OneGroup{});
-    return true;
+    int64_t group = first / group_size, stop = (group + 1) * group_size;
+    for (int64_t column = first; column < last; stop += group_size, ++group) {
+      typename V::OneGroup levels[kRuns];
+      for (int run = 0; run < kRuns; ++run) levels[run] = typename V::OneGroup(rows.scales[run][group]);
+      for (const int64_t end = std::min(stop, last); column < end; column += kStep)
+        for (int run = 0; run < kRuns; ++run) use_levels(run, levels[run], column);
+    }
+    return;
   }
-  // A step is a power of two, so the group size is one, too. Two columns at least: their lane has one scale.
-  if (kStep % group_size != 0 || group_size < 2 || kStep / group_size > V::kMostGroups) return false;
-  f(typename V::SomeGroups{});
-  return true;
-}
-
-// Whether the kernels read the packed bytes as they lie, with no detour over a decoded row.
-template <class V>
-bool fits(int64_t columns, int64_t group_size) {
-  return with_levels<V>(columns, group_size, [](auto) {});
+  // Of small groups there are so many that the scales are to be fetched ahead, too.
+  const auto scales_from = [&](int run, int64_t group) {
+    const float* scales = rows.scales[run] + group;
+    __builtin_prefetch(scales + kPrefetchBytes / sizeof(float));
+    return scales;
+  };
+  GroupCursor cursor = cursor_at(first, columns, group_size);
+  if (group_size % V::kLanes == 0) {
+    const auto group_of_next_half = [&] {
+      const int64_t group = cursor.group;
+      advance(cursor, V::kLanes);
+      return group;
+    };
+    while (cursor.column < last && cursor.column + kStep <= columns) {
+      const int64_t column = cursor.column, one = group_of_next_half(), other = group_of_next_half();
+      for (int run = 0; run < kRuns; ++run)
+        use_levels(run, typename V::TwoGroups(*scales_from(run, one), rows.scales[run][other]), column);
+    }
+  }
+  const int64_t groups_of_every_step = kStep % group_size == 0 ? kStep / group_size : 0;
+  while (cursor.column < last) {
+    const typename V::Lanes lanes(cursor);
+    bool again;
+    do {
+#pragma GCC unroll 4
+      for (int run = 0; run < kRuns; ++run)  // the sums of the runs have to stay in registers
+        use_levels(run, typename V::LaneScales(scales_from(run, cursor.group), lanes), cursor.column);
+      again = groups_of_every_step != 0 && cursor.column + 2 * kStep <= std::min(last, columns);
+      advance(cursor, kStep);
+    } while (again);
+  }
 }
 
 // Few activations: every decoded register is multiplied with all of them at once, and never stored.
-template <class V, class Levels, int M>
+template <class V, int M>
 void multiply_few(const RowOfEachRun& rows, int64_t columns, int64_t group_size, const typename V::Element* x,
                   int64_t stride, float* sums) {
   typename V::Sum sum[M][kRuns];
   for (int i = 0; i < M; ++i)
     for (int run = 0; run < kRuns; ++run) sum[i][run] = V::zero();
-  const auto use = [&](int run, const Levels& levels, int64_t column) __attribute__((always_inline)) {
+  const auto use = [&](int run, const auto& levels, int64_t column) __attribute__((always_inline)) {
     typename V::Operand even, odd;
     V::decode(rows.packed[run] + byte_of(column), levels, even, odd);
     const typename V::Element* xi = x + column * M;
@@ -141,31 +149,22 @@ void multiply_few(const RowOfEachRun& rows, int64_t columns, int64_t group_size,
       sum[i][run] = V::multiply_add(odd, V::load(xi + M * V::kLanes), sum[i][run]);
     }
   };
-  for_each_step<V, Levels>(rows, 0, columns, group_size, use);
+  for_each_step<V>(rows, 0, columns, columns, group_size, use);
   for (int i = 0; i < M; ++i) store_four(sums + i * stride, V::totals(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
 }
 
-// Decodes columns [first, last) of four rows into half steps. plain: kRuns * kLinearChunk elements of scratch.
+// Decodes columns [first, last) of four rows into half steps.
 template <class V>
 void decode_rows(const RowOfEachRun& rows, int64_t first, int64_t last, int64_t columns, int64_t group_size,
-                 typename V::Element* plain, typename V::Element* out) {
-  const bool done = with_levels<V>(columns, group_size, [&](auto levels_type) {
-    using Levels = decltype(levels_type);
-    const auto use = [&](int run, const Levels& levels, int64_t column) __attribute__((always_inline)) {
-      typename V::Operand even, odd;
-      V::decode(rows.packed[run] + byte_of(column), levels, even, odd);
-      typename V::Element* to = out + (column - first) * kRuns + run * V::kLanes;
-      V::store(to, even);
-      V::store(to + kRuns * V::kLanes, odd);
-    };
-    for_each_step<V, Levels>(rows, first, last, group_size, use);
-  });
-  if (done) return;
-  constexpr int64_t kStride = kLinearChunk<typename V::Element>;
-  const int64_t count = std::min(last, columns) - first;
-  for (int run = 0; run < kRuns; ++run)
-    V::decode_columns(rows.packed[run], rows.scales[run], first, first + count, group_size, plain + run * kStride);
-  pack_rows<V>(plain, kRuns, count, kStride, last - first, out);
+                 typename V::Element* out) {
+  const auto use = [&](int run, const auto& levels, int64_t column) __attribute__((always_inline)) {
+    typename V::Operand even, odd;
+    V::decode(rows.packed[run] + byte_of(column), levels, even, odd);
+    typename V::Element* to = out + (column - first) * kRuns + run * V::kLanes;
+    V::store(to, even);
+    V::store(to + kRuns * V::kLanes, odd);
+  };
+  for_each_step<V>(rows, first, last, columns, group_size, use);
 }
 
 // Four decoded rows times M activations, `half_steps` of them. sums[i * stride + run]: set, or added to.
@@ -205,23 +204,22 @@ void multiply_rows(const RowRuns& runs, int64_t columns, int64_t group_size, con
   using Element = typename V::Element;
   constexpr int64_t kStep = 2 * V::kLanes;
   const int64_t stride = runs.rows * kRuns;  // from one activation's sums to the next
-  const auto few = [&](auto levels_type) {
+  if (m <= V::kFew) {
     with_constant<V::kFew>(m, [&](auto constant) {
       for (int64_t row = 0; row < runs.rows; ++row)
-        multiply_few<V, decltype(levels_type), constant>(row_of_each_run(runs, row, columns, group_size), columns,
-                                                         group_size, x, stride, sums + row * kRuns);
+        multiply_few<V, constant>(row_of_each_run(runs, row, columns, group_size), columns, group_size, x, stride,
+                                  sums + row * kRuns);
     });
-  };
-  if (m <= V::kFew && with_levels<V>(columns, group_size, few)) return;
+    return;
+  }
   const int64_t padded = (columns + kStep - 1) / kStep * kStep;
   const int64_t at_once = rows_decoded_at_once(m, runs.rows);
-  Element* plain = scratch + at_once * kRuns * kLinearChunk<Element>;
   for (int64_t first_row = 0; first_row < runs.rows; first_row += at_once) {
     const int64_t last_row = std::min(runs.rows, first_row + at_once);
     for (int64_t first = 0; first < padded || first == 0; first += kLinearChunk<Element>) {
       const int64_t last = std::min(padded, first + kLinearChunk<Element>);
       for (int64_t row = first_row; row < last_row; ++row)
-        decode_rows<V>(row_of_each_run(runs, row, columns, group_size), first, last, columns, group_size, plain,
+        decode_rows<V>(row_of_each_run(runs, row, columns, group_size), first, last, columns, group_size,
                        scratch + (row - first_row) * kRuns * kLinearChunk<Element>);
       for (int64_t i = 0; i < m; i += V::kBlock)
         with_constant<V::kBlock>(std::min<int64_t>(V::kBlock, m - i), [&](auto constant) {
@@ -239,7 +237,7 @@ constexpr LinearKernels<float> linear_kernels_of() {
   return {2 * V::kLanes,
           2 * V::kLanes,
           V::kBlock,
-          &fits<V>,
+          nullptr,
           {&pack_rows<V, float>, &pack_rows<V, BFloat16>, &pack_rows<V, Float16>},
           &multiply_rows<V>};
 }

@@ -29,13 +29,11 @@ struct ScalarPath {
 struct ScalarFloats {
   using Element = float;
   static constexpr int64_t kLanes = 8;
-  static constexpr auto decode_columns = &cpu::decode_columns<ScalarPath, Stores::kCached, float>;
   static constexpr int kBlock = 2, kFew = 1;
   struct Operand {
     float lane[kLanes];
   };
   using Sum = Operand;
-  static constexpr int64_t kMostGroups = kLanes;
   struct OneGroup {
     float level[nf4::kLevelCount];
     OneGroup() = default;
@@ -43,29 +41,49 @@ struct ScalarFloats {
       for (int k = 0; k < nf4::kLevelCount; ++k) level[k] = nf4::kCodebook.level[k] * scale;
     }
   };
-  struct SomeGroups {
-    float scale[kLanes];  // of each lane's two columns
-    SomeGroups() = default;
-    SomeGroups(const float* scales, int shift) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) scale[lane] = scales[lane >> shift];
+  struct TwoGroups {
+    OneGroup half[2];
+    TwoGroups(float a, float b) : half{OneGroup(a), OneGroup(b)} {}
+  };
+  struct Lanes {
+    int64_t even[kLanes], odd[kLanes];  // the groups of a lane's two columns, counted from the cursor's
+    int64_t bytes;                      // of a row, for these lanes
+    explicit Lanes(GroupCursor cursor) : bytes(std::min<int64_t>((cursor.columns - cursor.column) / 2, kLanes)) {
+      const int64_t first = cursor.group;
+      for (int64_t lane = 0; lane < bytes; ++lane) {
+        even[lane] = cursor.group - first;
+        advance(cursor, 1);
+        odd[lane] = cursor.group - first;
+        advance(cursor, 1);
+      }
     }
+  };
+  struct LaneScales {
+    const float* scales;
+    const Lanes& lanes;
+    LaneScales(const float* from, const Lanes& groups) : scales(from), lanes(groups) {}
   };
 
   static Sum zero() { return {}; }
-  static void look_up(const uint8_t* packed, const float* level, Operand& even, Operand& odd) {
+  static void decode(const uint8_t* packed, const OneGroup& levels, Operand& even, Operand& odd) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
+      even.lane[lane] = levels.level[nf4::even_index(packed[lane])];
+      odd.lane[lane] = levels.level[nf4::odd_index(packed[lane])];
+    }
+  }
+  static void decode(const uint8_t* packed, const TwoGroups& levels, Operand& even, Operand& odd) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const float* level = levels.half[lane / (kLanes / 2)].level;
       even.lane[lane] = level[nf4::even_index(packed[lane])];
       odd.lane[lane] = level[nf4::odd_index(packed[lane])];
     }
   }
-  static void decode(const uint8_t* packed, const OneGroup& levels, Operand& even, Operand& odd) {
-    look_up(packed, levels.level, even, odd);
-  }
-  static void decode(const uint8_t* packed, const SomeGroups& levels, Operand& even, Operand& odd) {
-    look_up(packed, nf4::kCodebook.level, even, odd);
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      even.lane[lane] *= levels.scale[lane];
-      odd.lane[lane] *= levels.scale[lane];
+  static void decode(const uint8_t* packed, const LaneScales& scales, Operand& even, Operand& odd) {
+    const Lanes& lanes = scales.lanes;
+    even = odd = {};
+    for (int64_t lane = 0; lane < lanes.bytes; ++lane) {
+      even.lane[lane] = nf4::kCodebook.level[nf4::even_index(packed[lane])] * scales.scales[lanes.even[lane]];
+      odd.lane[lane] = nf4::kCodebook.level[nf4::odd_index(packed[lane])] * scales.scales[lanes.odd[lane]];
     }
   }
   static Operand load(const float* x) {

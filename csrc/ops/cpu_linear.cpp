@@ -98,14 +98,12 @@ bool all_finite(const Tensor& x) {
 template <typename T>
 void multiply_in_the_fastest_type(const cpu::Selection& path, const Tensor& x, const Tensor& packed,
                                   const Tensor& scales, const float* bias, int64_t group_size, const Tensor& y) {
-  const auto fits = [&](const auto* kernels) {
-    return kernels != nullptr && kernels->fits(packed.size(1) * 2, group_size);
-  };
   if constexpr (std::is_same_v<T, nf4::BFloat16>)
-    if (fits(path.linear_bfloat16))
+    if (path.linear_bfloat16 != nullptr)
       return multiply<T, T>(*path.linear_bfloat16, x, packed, scales, bias, group_size, y);
   if constexpr (!std::is_same_v<T, float>)
-    if (x.size(0) <= cpu::kMostInt16Activations && fits(path.linear_int16) && all_finite<T>(x))
+    if (x.size(0) <= cpu::kMostInt16Activations && path.linear_int16 != nullptr &&
+        path.linear_int16->takes(packed.size(1) * 2, group_size) && all_finite<T>(x))
       return multiply<int16_t, T>(*path.linear_int16, x, packed, scales, bias, group_size, y);
   multiply<float, T>(path.kernels->linear, x, packed, scales, bias, group_size, y);
 }

@@ -134,7 +134,7 @@ void check_case(const char* path, const cpu::LinearKernels<Element>& kernels, Ra
 // Sizes around every threshold of the kernels: few and many activations, blocks, steps, chunks, padding, odd groups.
 template <typename Element, typename T>
 void check_path(const char* path, const cpu::LinearKernels<Element>& kernels, Random& random) {
-  for (int64_t group_size : {1, 2, 3, 4, 6, 8, 16, 30, 32, 64, 96, 100, 128}) {
+  for (int64_t group_size : {1, 2, 3, 4, 5, 6, 8, 15, 16, 17, 25, 30, 32, 48, 50, 64, 66, 96, 100, 128}) {
     const int64_t block = std::lcm(int64_t{2}, group_size);
     for (int64_t blocks : {int64_t{1}, int64_t{3}, (256 + block - 1) / block})
       for (int64_t m : {1, 3, 7}) {
@@ -150,19 +150,35 @@ void check_path(const char* path, const cpu::LinearKernels<Element>& kernels, Ra
   check_case<Element, T>(path, kernels, random, 5, 0, 64, 3, 0, true);
 }
 
+// An infinite scale is not multiplied with the zeros beside the row that fill up a step.
+template <typename Element>
+void check_infinite_scale(const char* path, const cpu::LinearKernels<Element>& kernels, Random& random) {
+  for (int64_t group_size : {1, 5, 16, 32, 50, 64})
+    for (int64_t m : {1, 6}) {
+      const int64_t columns = 7 * std::lcm(int64_t{2}, group_size);
+      Weight w(random, 4, columns, group_size);
+      std::fill(w.packed.begin(), w.packed.end(), uint8_t{0xff});  // every level is 1
+      std::fill(w.scales.begin(), w.scales.end(), INFINITY);
+      const std::vector<Element> x(static_cast<size_t>(m * columns), nf4::from_float<Element>(1.0f));
+      for (Element y : multiply(kernels, w, x, m, columns, columns, {}, 0, 4, Place::kHeap))
+        CHECK(nf4::to_float(y) == INFINITY, "%s, group_size %d, m %d: %a", path, int(group_size), int(m),
+              nf4::to_float(y));
+    }
+}
+
 template <typename T>
 void check_int16(const char* path, const cpu::LinearKernels<int16_t>& kernels, Random& random) {
   for (int64_t group_size : {32, 64, 128, 192})
     for (int64_t groups : {2, 6, 40})
       for (int64_t m : {1, 2, 3, 4}) {
         const int64_t columns = groups * group_size;
-        CHECK(kernels.fits(columns, group_size), "%d columns, group_size %d", int(columns), int(group_size));
+        CHECK(kernels.takes(columns, group_size), "%d columns, group_size %d", int(columns), int(group_size));
         check_case<int16_t, T>(path, kernels, random, 7, columns, group_size, m, columns, m == 3);
         check_case<int16_t, T>(path, kernels, random, 4, columns, group_size, m, columns - 31, false);
       }
   for (const auto& [columns, group_size] :
        {std::pair(96, 32), std::pair(128, 16), std::pair(192, 96), std::pair(100, 50)})
-    CHECK(!kernels.fits(columns, group_size), "%d columns, group_size %d", columns, group_size);
+    CHECK(!kernels.takes(columns, group_size), "%d columns, group_size %d", columns, group_size);
 }
 
 }  // namespace
@@ -176,9 +192,11 @@ void check_linear() {
     }
     if (path.linear_bfloat16 != nullptr) {
       check_path<BFloat16, BFloat16>(path.name, *path.linear_bfloat16, random);
+      check_infinite_scale(path.name, *path.linear_bfloat16, random);
       continue;  // everything else is the path's before it
     }
     check_path<float, float>(path.name, path.kernels->linear, random);
+    check_infinite_scale(path.name, path.kernels->linear, random);
     check_path<float, BFloat16>(path.name, path.kernels->linear, random);
     check_path<float, Float16>(path.name, path.kernels->linear, random);
   }

@@ -1,0 +1,44 @@
+// Where a column of a row lies among the row's groups. Included inside target regions, and therefore with internal
+// linkage.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace squish::cpu {
+
+struct GroupCursor {
+  int64_t column, columns, group, groups, group_size;
+  int64_t left;      // columns of the group from this one on
+  float per_column;  // 1 / group_size
+};
+
+static inline GroupCursor cursor_at(int64_t column, int64_t columns, int64_t group_size) {
+  const int64_t group = column / group_size;
+  return {.column = column,
+          .columns = columns,
+          .group = group,
+          .groups = columns / group_size,
+          .group_size = group_size,
+          .left = (group + 1) * group_size - column,
+          .per_column = 1.0f / static_cast<float>(group_size)};
+}
+
+static inline void advance(GroupCursor& cursor, int64_t columns) {
+  cursor.column += columns;
+  cursor.left -= columns;
+  if (cursor.left > 0) return;
+  const bool to_next = cursor.left + cursor.group_size > 0;  // mostly, and then there is nothing to divide
+  const int64_t groups = to_next ? 1 : 1 - cursor.left / cursor.group_size;
+  cursor.group += groups;
+  cursor.left += groups * cursor.group_size;
+}
+
+// Groups that the next `count` columns touch, of those the row has.
+static inline int64_t groups_touched(const GroupCursor& cursor, int64_t count) {
+  const auto after_first = static_cast<float>(count - 1 - cursor.left + cursor.group_size);
+  const auto touched = 1 + static_cast<int64_t>((after_first + 0.5f) * cursor.per_column);
+  return std::min(touched, cursor.groups - cursor.group);
+}
+
+}  // namespace squish::cpu
