@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "csrc/nf4/float_bits.h"
+#include "csrc/nf4/tiles.h"
 
 namespace squish::cpu {
 
@@ -45,7 +46,11 @@ struct RowRuns {
   int64_t rows;
 };
 
-// Lays out a block of activations, 1 <= m <= `block` of LinearKernels, as Multiply reads them.
+// Activations are multiplied in blocks of about equal length, because a short one keeps the processor less busy: its
+// sums are too few to hide how long each multiplication takes.
+constexpr nf4::Tiles blocks_of(int64_t m, int64_t most) { return nf4::cut_rows(m, 1, most); }
+
+// Lays out a block of m activations as Multiply reads them.
 //   x: m rows of d values, `stride` apart. out: m * columns elements (step_elements for `step` columns), `columns`
 //   being rounded up to whole steps.
 // Columns from d on get zeros: they are the weight's padding.
@@ -54,7 +59,8 @@ using Pack = void (*)(const T* x, int64_t m, int64_t d, int64_t stride, int64_t 
 
 // The dot products of all rows of the runs with m activations, accumulated in float32:
 //   sums[(i * rows + row) * kRuns + run] = sum over columns of decoded(run, row, column) * x[i](column)
-//   x: the packed blocks, one after another. scratch: linear_scratch<Element>(m, rows) elements, on 64 bytes.
+//   x: the blocks_of(m, block), packed, one after another. scratch: linear_scratch<Element>(m, rows) elements, on 64
+//   bytes.
 // The order of summation depends on the path, columns and group_size, and on whether the activations are few enough to
 // be multiplied while the weight is decoded. A decoded weight is rounded to Element; the products of two bfloat16 are
 // exact, but subnormal ones count as zero.
@@ -68,7 +74,7 @@ template <typename Element>
 inline constexpr int64_t kLinearChunk = 4096 / sizeof(Element);
 
 // Many activations pass over as many decoded rows as the second-level cache holds; few over the first-level cache's.
-constexpr int64_t rows_decoded_at_once(int64_t m, int64_t rows) { return m < 48 ? 1 : std::min<int64_t>(rows, 16); }
+constexpr int64_t rows_decoded_at_once(int64_t m, int64_t rows) { return m < 64 ? 1 : std::min<int64_t>(rows, 16); }
 
 template <typename Element>
 constexpr int64_t linear_scratch(int64_t m, int64_t rows) {
@@ -98,7 +104,7 @@ template <typename Element>
 struct LinearKernels {
   int64_t step;                                        // columns
   int64_t step_elements;                               // what a packed activation takes for a step
-  int64_t block;                                       // activations
+  int64_t block;                                       // activations, at most
   bool (*takes)(int64_t columns, int64_t group_size);  // null: all
   Packs<Element> pack;
   Multiply<Element> multiply;

@@ -41,8 +41,9 @@ template <typename Element, typename T>
 void pack_activations(const LinearKernels<Element>& kernels, const T* x, int64_t m, int64_t d, int64_t stride,
                       int64_t columns, int64_t first, int64_t last, Element* out) {
   const int64_t elements = packed_elements(kernels, columns), padded = elements / kernels.step_elements * kernels.step;
-  for (int64_t i = first * kernels.block; i < std::min(m, last * kernels.block); i += kernels.block)
-    pack_kernel<T>(kernels)(x + i * stride, std::min(kernels.block, m - i), d, stride, padded, out + i * elements);
+  const int64_t block = blocks_of(m, kernels.block).rows;
+  for (int64_t i = first * block; i < std::min(m, last * block); i += block)
+    pack_kernel<T>(kernels)(x + i * stride, std::min(block, m - i), d, stride, padded, out + i * elements);
 }
 
 template <typename Element, typename T>

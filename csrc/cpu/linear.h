@@ -27,7 +27,7 @@ int64_t packed_elements(const LinearKernels<Element>& kernels, int64_t columns) 
   return (columns + kernels.step - 1) / kernels.step * kernels.step_elements;
 }
 
-// Packs blocks [first, last) of m activations, as many as kernels.block each. x: rows of d values, `stride` apart.
+// Packs blocks [first, last) of blocks_of(m, kernels.block). x: rows of d values, `stride` apart.
 // out: m * packed_elements, on 64 bytes.
 template <typename Element, typename T>
 void pack_activations(const LinearKernels<Element>& kernels, const T* x, int64_t m, int64_t d, int64_t stride,

@@ -213,6 +213,7 @@ void multiply_rows(const RowRuns& runs, int64_t columns, int64_t group_size, con
     return;
   }
   const int64_t padded = (columns + kStep - 1) / kStep * kStep;
+  const int64_t block = blocks_of(m, V::kBlock).rows;
   const int64_t at_once = rows_decoded_at_once(m, runs.rows);
   for (int64_t first_row = 0; first_row < runs.rows; first_row += at_once) {
     const int64_t last_row = std::min(runs.rows, first_row + at_once);
@@ -221,8 +222,8 @@ void multiply_rows(const RowRuns& runs, int64_t columns, int64_t group_size, con
       for (int64_t row = first_row; row < last_row; ++row)
         decode_rows<V>(row_of_each_run(runs, row, columns, group_size), first, last, columns, group_size,
                        scratch + (row - first_row) * kRuns * kLinearChunk<Element>);
-      for (int64_t i = 0; i < m; i += V::kBlock)
-        with_constant<V::kBlock>(std::min<int64_t>(V::kBlock, m - i), [&](auto constant) {
+      for (int64_t i = 0; i < m; i += block)
+        with_constant<V::kBlock>(std::min(block, m - i), [&](auto constant) {
           for (int64_t row = first_row; row < last_row; ++row)
             multiply_block<V, constant>(scratch + (row - first_row) * kRuns * kLinearChunk<Element>,
                                         x + i * padded + first * constant, (last - first) / V::kLanes, first != 0,

@@ -34,9 +34,10 @@ void multiply(const cpu::LinearKernels<Element>& kernels, const Tensor& x, const
   const T* values = static_cast<const T*>(x.const_data_ptr());
   T* out = static_cast<T*>(y.mutable_data_ptr());
   for (int64_t first = 0; first < m; first += stretches.rows) {
-    const int64_t count = std::min(stretches.rows, m - first), blocks = (count + kernels.block - 1) / kernels.block;
-    const int64_t work = std::max<int64_t>(1, std::min(count, kernels.block) * padded);
-    parallel_for(0, blocks, std::max<int64_t>(1, kMultipliesPerThread / work), [&](int64_t begin, int64_t end) {
+    const int64_t count = std::min(stretches.rows, m - first);
+    const nf4::Tiles blocks = cpu::blocks_of(count, kernels.block);
+    const int64_t work = std::max<int64_t>(1, blocks.rows * padded);
+    parallel_for(0, blocks.count, std::max<int64_t>(1, kMultipliesPerThread / work), [&](int64_t begin, int64_t end) {
       const cpu::DefaultFloatEnvironment environment;
       cpu::pack_activations(kernels, values + first * x.stride(0), count, d, x.stride(0), columns, begin, end,
                             activations);

@@ -68,7 +68,7 @@ inline void decode_matrix(const cpu::Kernels& kernels, const Tensor& packed, con
 // Decodes columns [first, first + tile.size(1)) of all rows into `tile`, contiguous; both numbers are even.
 inline void decode_column_tile(const cpu::Kernels& kernels, const Tensor& packed, const Tensor& scales,
                                int64_t group_size, int64_t first, const Tensor& tile) {
-  constexpr int64_t kColumnsPerThread = 32768;
+  constexpr int64_t kColumnsPerThread = 32768, kRowsAhead = 8;
   const int64_t row_bytes = packed.size(1), groups = scales.size(1), count = tile.size(1);
   const uint8_t* bytes = packed.const_data_ptr<uint8_t>();
   const float* scale = scales.const_data_ptr<float>();
@@ -78,8 +78,14 @@ inline void decode_column_tile(const cpu::Kernels& kernels, const Tensor& packed
     const auto decode = cpu::decode_kernel<T>(kernels);
     parallel_for(0, tile.size(0), std::max<int64_t>(1, kColumnsPerThread / count), [&](int64_t begin, int64_t end) {
       const cpu::DefaultFloatEnvironment environment;
-      for (int64_t row = begin; row < end; ++row)
+      for (int64_t row = begin; row < end; ++row) {
+        // A row's part is too short for a processor to see where the next one lies.
+        const int64_t ahead = std::min(row + kRowsAhead, end - 1);
+        for (int64_t at = first / 2; at < (first + count) / 2; at += 64)
+          __builtin_prefetch(bytes + ahead * row_bytes + at);
+        __builtin_prefetch(scale + ahead * groups + first / group_size);
         decode(bytes + row * row_bytes, scale + row * groups, first, first + count, group_size, values + row * count);
+      }
     });
   });
 }

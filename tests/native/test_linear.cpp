@@ -54,7 +54,7 @@ std::vector<T> multiply(const cpu::LinearKernels<Element>& kernels, const Weight
   Buffer<float> scales(w.scales, place), added(bias, place);
   Buffer<T> from(x, place), y(std::vector<T>(static_cast<size_t>(m * w.rows), nf4::from_float<T>(12345.0f)), place);
   Buffer<Element> activations(m * cpu::packed_elements(kernels, w.columns), place);
-  const int64_t blocks = (m + kernels.block - 1) / kernels.block;
+  const int64_t blocks = cpu::blocks_of(m, kernels.block).count;
   for (int64_t block = 0; block < blocks; ++block)  // one by one, as threads share them
     cpu::pack_activations(kernels, from.data(), m, d, stride, w.columns, block, block + 1, activations.data());
   const cpu::LinearTask<Element, T> task{kernels,
