@@ -55,27 +55,37 @@ class Candidate:
 
 def measure(case: Case, candidates: Sequence[Candidate], options: Options) -> Iterator[Record]:
     """Time the candidates of a case in turn, print a line about each, and give their records."""
-    calls = {candidate.name: candidate.call for candidate in candidates}
-    assert len(calls) == len(candidates), "two candidates have one name"
-    times = alternate(calls, options.rounds, hot=case.place == HOT, patience=options.patience)
-    print(f"\n{case.what}, {case.dtype}, {title(case)}")
-    ours = next((candidate.name for candidate in candidates if candidate.role == OURS), candidates[0].name)
-    for candidate in candidates:
-        name = candidate.name
-        print(f"  {name:<44} {times.milliseconds(name):>10.4f} ms  {times.ratio(name, ours):>8.2f} x {ours}")
-        yield Record(
-            case=case,
-            candidate=name,
-            role=candidate.role,
-            ms=times.milliseconds(name),
-            ratios={other: times.ratio(name, other) for other in calls if other != name},
-            rounds=times.rounds,
-            error=candidate.error,
-            isa=_C.cpu_isa(),
-            machine=machine(),
-            versions=versions(),
-            date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        )
+    yield from measure_together([(case, candidates)], options)
+
+
+def measure_together(entries: Sequence[tuple[Case, Sequence[Candidate]]], options: Options) -> Iterator[Record]:
+    """The same for several cases whose times are to be compared: all candidates take turns, in the same rounds."""
+    calls = {f"{i} {one.name}": one.call for i, (_, candidates) in enumerate(entries) for one in candidates}
+    assert len(calls) == sum(len(candidates) for _, candidates in entries), "two candidates have one name"
+    hot = {case.place == HOT for case, _ in entries}
+    assert len(hot) == 1, "hot and cold cases are measured apart"
+    times = alternate(calls, options.rounds, hot=hot.pop(), patience=options.patience * len(entries))
+    for i, (case, candidates) in enumerate(entries):
+        print(f"\n{case.what}, {case.dtype}, {title(case)}")
+        ours = next((candidate.name for candidate in candidates if candidate.role == OURS), candidates[0].name)
+        for candidate in candidates:
+            key = f"{i} {candidate.name}"
+            ratios = {other.name: times.ratio(key, f"{i} {other.name}") for other in candidates}
+            print(f"  {candidate.name:<44} {times.milliseconds(key):>10.4f} ms  {ratios[ours]:>8.2f} x {ours}")
+            del ratios[candidate.name]
+            yield Record(
+                case=case,
+                candidate=candidate.name,
+                role=candidate.role,
+                ms=times.milliseconds(key),
+                ratios=ratios,
+                rounds=times.rounds(key),
+                error=candidate.error,
+                isa=_C.cpu_isa(),
+                machine=machine(),
+                versions=versions(),
+                date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            )
 
 
 def title(case: Case) -> str:

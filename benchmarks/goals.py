@@ -26,6 +26,7 @@ class Goal:
 
 
 READ_WRITE, SAME, FRESH = "read w, write packed", "store, same memory", "store, fresh memory"
+READ_SAME = "read packed, store, same memory"
 READ, DENSE, BNB, GGML, INT4 = "read of packed", "dense torch", "bitsandbytes", "ggml", "int4pack"
 _QUANTIZE: dict[str, Any] = {"suite": "codec", "what": "quantize", "place": COLD}
 _DECODE: dict[str, Any] = {"suite": "codec", "what": "dequantize"}
@@ -54,6 +55,14 @@ GOALS: tuple[Goal, ...] = (
             f"dequantize.out {dtype}: of the store loop",
             0.95,
             speed(SAME, dtype=dtype, place=COLD, candidate="squish_nf4 .out", **_DECODE),
+        )
+        for dtype in ("float32", "bfloat16", "float16")
+    ),
+    *(
+        Goal(
+            f"dequantize.out {dtype}: of the loop that also reads the packed bytes",
+            0.95,
+            speed(READ_SAME, dtype=dtype, place=COLD, candidate="squish_nf4 .out", **_DECODE),
         )
         for dtype in ("float32", "bfloat16", "float16")
     ),
@@ -113,7 +122,7 @@ GOALS: tuple[Goal, ...] = (
     Goal(
         "linear 4544 x 4544 and 2880 x 2880: time per weight over that of 4096 x 4096",
         1.15,
-        per_weight((4544, 2880), **_LINEAR),
+        per_weight((4544, 2880), suite="growth with shape"),
         at_most=True,
     ),
     Goal(
@@ -135,17 +144,17 @@ GOALS: tuple[Goal, ...] = (
     Goal("MiniLM float32: times dense torch", 1.0, speed(DENSE, suite="model", dtype="float32")),
     *(
         Goal(
-            f"growth with {name}: time per {name} over that of the next smaller one",
+            f"linear, growth with {name}: time per {name} over that of half of it",
             1.1,
-            neighbours(name, per=name, suite=f"growth with {name}"),
+            neighbours(name, per=name, doubled=True, suite=f"growth with {name}", what="linear"),
             at_most=True,
         )
         for name in ("n", "d")
     ),
     Goal(
-        "growth with M: time per M over that of the next smaller one",
+        "linear, growth with M: time per M over that of half of it",
         1.1,
-        neighbours("m", per="m", **_SWEEP),
+        neighbours("m", per="m", doubled=True, **_SWEEP),
         at_most=True,
     ),
     Goal(

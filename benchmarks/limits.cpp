@@ -26,17 +26,24 @@ Streams streams_of(int64_t bytes, int64_t thread, int64_t threads) {
   return {thread * kStreams * length, length};
 }
 
-// A loop for one thread. in: `ratio` lines are read for each line of out that is written; 0 reads nothing.
+// How many lines are written for so many that are read; 0 reads nothing.
+struct Lines {
+  int64_t read, written;
+};
+
+// A loop for one thread, which writes the streams. in: of the length that Lines says.
 using Read = uint64_t (*)(const uint8_t* in, Streams);
-using Write = void (*)(const uint8_t* in, int64_t ratio, uint8_t* out, Streams);
+using Write = void (*)(const uint8_t* in, Lines, uint8_t* out, Streams);
 
 // One vector type each: a line is loaded, mixed into a sum, and stored with or without passing through the caches.
 // What is stored is not zero: some processors write a line of zeros to memory in half the time of any other.
+constexpr int64_t kOnes = 0x0101010101010101;
+
 struct Plain {
   struct Line {
-    uint64_t words[8];
+    int64_t words[8];
   };
-  static Line start() { return {{1, 2, 3, 4, 5, 6, 7, 8}}; }
+  static Line start() { return {{kOnes, kOnes, kOnes, kOnes, kOnes, kOnes, kOnes, kOnes}}; }
   static void add(Line& sum, const uint8_t* in) {
     Line line;
     std::memcpy(&line, in, sizeof line);
@@ -44,31 +51,34 @@ struct Plain {
   }
   static void store(uint8_t* out, const Line& line) { std::memcpy(out, &line, sizeof line); }
   static void stream(uint8_t* out, const Line& line) { store(out, line); }
-  static uint64_t fold(const Line& line) { return line.words[0] ^ line.words[7]; }
+  static uint64_t fold(const Line& line) { return static_cast<uint64_t>(line.words[0] ^ line.words[7]); }
 };
 
-#define SQUISH_LOOPS(TARGET, NAME, V)                                                                         \
-  TARGET uint64_t NAME##_read(const uint8_t* in, Streams s) {                                                 \
-    typename V::Line sums[kStreams];                                                                          \
-    for (auto& sum : sums) sum = V::start();                                                                  \
-    const uint8_t* first = in + s.begin;                                                                      \
-    for (int64_t at = 0; at < s.length; at += kLine)                                                          \
-      for (int stream = 0; stream < kStreams; ++stream) V::add(sums[stream], first + stream * s.length + at); \
-    uint64_t all = 0;                                                                                         \
-    for (auto& sum : sums) all ^= V::fold(sum);                                                               \
-    return all;                                                                                               \
-  }                                                                                                           \
-  template <bool kStreaming>                                                                                  \
-  TARGET void NAME##_write(const uint8_t* in, int64_t ratio, uint8_t* out, Streams s) {                       \
-    const int streams = ratio == 0 ? 1 : kStreams; /* stores alone are fastest in one sequence */             \
-    const int64_t length = s.length * kStreams / streams;                                                     \
-    for (int64_t at = 0; at < length; at += kLine)                                                            \
-      for (int stream = 0; stream < streams; ++stream) {                                                      \
-        const int64_t place = s.begin + stream * length + at;                                                 \
-        auto sum = V::start();                                                                                \
-        for (int64_t line = 0; line < ratio; ++line) V::add(sum, in + place * ratio + line * kLine);          \
-        kStreaming ? V::stream(out + place, sum) : V::store(out + place, sum);                                \
-      }                                                                                                       \
+#define SQUISH_LOOPS(TARGET, NAME, V)                                                                          \
+  TARGET uint64_t NAME##_read(const uint8_t* in, Streams s) {                                                  \
+    typename V::Line sums[kStreams];                                                                           \
+    for (auto& sum : sums) sum = V::start();                                                                   \
+    const uint8_t* first = in + s.begin;                                                                       \
+    for (int64_t at = 0; at < s.length; at += kLine)                                                           \
+      for (int stream = 0; stream < kStreams; ++stream) V::add(sums[stream], first + stream * s.length + at);  \
+    uint64_t all = 0;                                                                                          \
+    for (auto& sum : sums) all ^= V::fold(sum);                                                                \
+    return all;                                                                                                \
+  }                                                                                                            \
+  template <bool kStreaming>                                                                                   \
+  TARGET void NAME##_write(const uint8_t* in, Lines lines, uint8_t* out, Streams s) {                          \
+    const int streams = lines.read == 0 ? 1 : kStreams; /* stores alone are fastest in one sequence */         \
+    const int64_t block = lines.written * kLine;                                                               \
+    const int64_t length = s.length * kStreams / streams / block * block;                                      \
+    for (int64_t at = 0; at < length; at += block)                                                             \
+      for (int stream = 0; stream < streams; ++stream) {                                                       \
+        const int64_t place = s.begin + stream * length + at;                                                  \
+        const uint8_t* from = in + place / lines.written * lines.read;                                         \
+        auto sum = V::start();                                                                                 \
+        for (int64_t line = 0; line < lines.read; ++line) V::add(sum, from + line * kLine);                    \
+        for (int64_t line = 0; line < lines.written; ++line)                                                   \
+          kStreaming ? V::stream(out + place + line * kLine, sum) : V::store(out + place + line * kLine, sum); \
+      }                                                                                                        \
   }
 
 SQUISH_LOOPS(, plain, Plain)
@@ -82,7 +92,7 @@ struct Avx2 {
   struct Line {
     __m256i low, high;
   };
-  SQUISH_AVX2 SQUISH_INLINE Line start() { return {_mm256_set1_epi32(1), _mm256_set1_epi32(2)}; }
+  SQUISH_AVX2 SQUISH_INLINE Line start() { return {_mm256_set1_epi64x(kOnes), _mm256_set1_epi64x(kOnes)}; }
   SQUISH_AVX2 SQUISH_INLINE void add(Line& sum, const uint8_t* in) {
     const __m256i* line = reinterpret_cast<const __m256i*>(in);
     sum.low = _mm256_xor_si256(sum.low, _mm256_loadu_si256(line));
@@ -103,7 +113,7 @@ struct Avx2 {
 
 struct Avx512 {
   using Line = __m512i;
-  SQUISH_AVX512 SQUISH_INLINE Line start() { return _mm512_set1_epi32(1); }
+  SQUISH_AVX512 SQUISH_INLINE Line start() { return _mm512_set1_epi64(kOnes); }
   SQUISH_AVX512 SQUISH_INLINE void add(Line& sum, const uint8_t* in) {
     sum = _mm512_xor_si512(sum, _mm512_loadu_si512(in));
   }
@@ -160,13 +170,15 @@ void squish_limits_read(const uint8_t* a, int64_t a_bytes, const uint8_t* b, int
   });
 }
 
-// Reads `in`, if there is one, and writes `out` once. streaming: past the caches, for which out has to be 64-byte
-// aligned.
+// Reads `in` once, if there is one, and writes `out` once; the larger has a multiple of the other's bytes. streaming:
+// past the caches, for which out has to be 64-byte aligned.
 void squish_limits_write(const uint8_t* in, int64_t in_bytes, uint8_t* out, int64_t out_bytes, int64_t streaming,
                          int64_t threads) {
-  const int64_t ratio = in == nullptr ? 0 : in_bytes / out_bytes;
+  const Lines lines = in == nullptr          ? Lines{0, 1}
+                      : in_bytes < out_bytes ? Lines{1, out_bytes / in_bytes}
+                                             : Lines{in_bytes / out_bytes, 1};
   on_threads(threads, [=](int64_t thread) {
-    (streaming ? loops().stream : loops().store)(in, ratio, out, streams_of(out_bytes, thread, threads));
+    (streaming ? loops().stream : loops().store)(in, lines, out, streams_of(out_bytes, thread, threads));
 #if defined(__x86_64__)
     _mm_sfence();
 #endif

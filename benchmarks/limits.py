@@ -38,7 +38,7 @@ class Limits:
         self.library.squish_limits_write(None, ctypes.c_int64(0), *_span(out), ctypes.c_int64(streaming), _threads())
 
     def read_and_store(self, source: Tensor, out: Tensor, *, streaming: bool) -> None:
-        """``source`` once, and ``out`` once; ``source`` has a whole multiple of its bytes."""
+        """``source`` once, and ``out`` once; the larger has a whole multiple of the other's bytes."""
         self.library.squish_limits_write(*_span(source), *_span(out), ctypes.c_int64(streaming), _threads())
 
 

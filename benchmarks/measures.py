@@ -90,19 +90,27 @@ def error_over(other: str, **where: Any) -> Measure:
 
 
 def neighbours(
-    along: str, per: str | None = None, *, down: bool = False, step: int | None = None, **where: Any
+    along: str,
+    per: str | None = None,
+    *,
+    down: bool = False,
+    step: int | None = None,
+    doubled: bool = False,
+    **where: Any,
 ) -> Measure:
     """How the time changes from one value of a field to the next: the greatest ratio.
 
     per: a field that the times are divided by first. down: the time of the smaller value over that of the larger.
-    step: only neighbours that are so far apart.
+    step: only neighbours that are so far apart. doubled: not the next value, but twice the value.
     """
 
     def measure(records: Sequence[Record]) -> Found | None:
         found = []
         for series in groups(select(records, where), without=along):
             ordered = sorted(series, key=lambda record: record.field(along))
-            for small, large in pairwise(ordered):
+            by_value = {record.field(along): record for record in ordered}
+            twice = [(one, by_value[value * 2]) for value, one in by_value.items() if value * 2 in by_value]
+            for small, large in twice if doubled else pairwise(ordered):
                 if step is not None and large.field(along) - small.field(along) != step:
                     continue
                 times = [record.ms / (record.field(per) if per else 1) for record in (small, large)]

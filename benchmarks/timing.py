@@ -19,6 +19,7 @@ Call = Callable[[int], object]  # gets the number of the call, so that it can ro
 FEWEST_ROUNDS = 5
 BLOCK = 1e-3  # seconds of repeated calls that one measurement of a hot call takes
 SLOW = 20e-3  # from here on it makes no difference what the threads did just before
+VERY_SLOW = 50e-3  # and from here on the fewest rounds have to do, so that the others get more
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,15 @@ class Times:
 
     seconds: Mapping[str, tuple[float, ...]]
 
-    @property
-    def rounds(self) -> int:
-        return len(next(iter(self.seconds.values())))
+    def rounds(self, name: str) -> int:
+        return len(self.seconds[name])
 
     def milliseconds(self, name: str) -> float:
         return statistics.median(self.seconds[name]) * 1e3
 
     def ratio(self, name: str, other: str) -> float:
-        """The time of ``name`` over that of ``other``: the median of the rounds, each compared with itself."""
-        pairs = zip(self.seconds[name], self.seconds[other], strict=True)
+        """The time of ``name`` over that of ``other``: the median of the rounds of both, each compared with itself."""
+        pairs = zip(self.seconds[name], self.seconds[other], strict=False)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
@@ -49,15 +49,20 @@ def alternate(calls: Mapping[str, Call], rounds: int = 15, *, hot: bool = False,
         calls: by name.
         hot: a turn times a block of calls instead of one, so that what they use is in the caches.
         patience: seconds after which no further round begins, though never fewer than five are made.
+
+    A candidate that takes very long is left out of the rounds beyond the first five.
     """
     turns = {name: _Turn(call, hot) for name, call in calls.items()}
     names = list(turns)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    started = time.perf_counter()
+    started = 0.0
     for number in range(rounds):
-        if number >= FEWEST_ROUNDS and time.perf_counter() - started > patience:
+        if number == FEWEST_ROUNDS:
+            started = time.perf_counter()
+            names = [name for name in names if not turns[name].very_slow]
+        if number >= FEWEST_ROUNDS and time.perf_counter() - started >= patience:
             break
-        first = number % len(names)
+        first = number % max(1, len(names))
         for name in names[first:] + names[:first]:
             seconds[name].append(turns[name].measure())
     return Times({name: tuple(values) for name, values in seconds.items()})
@@ -71,6 +76,7 @@ class _Turn:
         self._number = 0
         self._take(1)
         once = self._take(1)
+        self.very_slow = once > VERY_SLOW
         self._warm = 0 if once > SLOW else 1
         self._block = max(1, min(1000, math.ceil(BLOCK / max(once, 1e-7)))) if hot else 1
 

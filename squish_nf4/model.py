@@ -156,17 +156,23 @@ def _quantize(candidate: Candidate, group_size: int, tied: NF4Linear | None) -> 
 
 
 def _relative_rms_error(weight: Tensor, layer: NF4Linear) -> float | None:
-    """In float64, some rows at a time: no second dense copy of a large layer."""
+    """Some rows at a time, in memory that is used again: no second dense copy, and nothing leaves the caches."""
     if not may_look(weight):
         return None
-    rows_at_once = max(1, (1 << 22) // max(1, weight.size(1)))
+    n, d = weight.shape
+    rows_at_once = max(1, min(n, (1 << 18) // max(1, d)))
+    decoded = weight.new_empty((rows_at_once, 2 * layer.weight.size(1)), dtype=torch.float32)
+    exact = weight.new_empty((rows_at_once, d), dtype=torch.float32)
     squared_error = squared_norm = 0.0
-    for row in range(0, weight.size(0), rows_at_once):
-        rows = slice(row, row + rows_at_once)
-        decoded = torch.ops.squish.dequantize_nf4(layer.weight[rows], layer.scales[rows], layer.group_size)
-        exact = weight[rows].double()
-        squared_error += float((decoded[:, : layer.in_features].double() - exact).square().sum())
-        squared_norm += float(exact.square().sum())
+    for row in range(0, n, rows_at_once):
+        packed, scales = (part[row : row + rows_at_once] for part in (layer.weight, layer.scales))
+        count = len(packed)
+        torch.ops.squish.dequantize_nf4.out(packed, scales, layer.group_size, out=decoded[:count])
+        w = exact[:count].copy_(weight[row : row + count])
+        values = w.view(-1)
+        squared_norm += float(values.dot(values))
+        w.sub_(decoded[:count, :d])
+        squared_error += float(values.dot(values))
     return (squared_error / squared_norm) ** 0.5 if squared_norm > 0 else 0.0
 
 

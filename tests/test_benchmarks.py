@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_candidates_take_turns_and_each_round_begins_with_another(monkeypatch: p
     order: list[str] = []
     calls = {name: lambda _, name=name: order.append(name) for name in ("a", "b")}
     times = timing.alternate(calls, 2)
-    assert times.rounds == 2
+    assert times.rounds("a") == times.rounds("b") == 2
     assert order == [*"aabb", *"aabb", *"bbaa"]  # warm-up, then a call that is not timed before each that is
 
 
@@ -69,7 +70,24 @@ def test_calls_are_numbered_so_that_each_takes_the_next_copy() -> None:
 
 
 def test_patience_ends_the_rounds_but_not_before_five() -> None:
-    assert timing.alternate({"a": lambda _: None}, 50, patience=0).rounds == 5
+    assert timing.alternate({"a": lambda _: None}, 50, patience=0).rounds("a") == 5
+
+
+def test_a_very_slow_candidate_takes_part_in_five_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "VERY_SLOW", 0.01)
+    times = timing.alternate({"a": lambda _: None, "b": lambda _: time.sleep(0.02)}, 9)
+    assert (times.rounds("a"), times.rounds("b")) == (9, 5)
+
+
+def test_cases_measured_together_take_different_copies() -> None:
+    contender = ours(random_weight(64, 64, 32), torch.float32)
+    seen: list[int] = []
+    calls = [lambda i=i: seen.append(i) for i in range(3)]
+    one, other = contender.rotating(calls), contender.rotating(calls)  # type: ignore[arg-type]
+    for number in range(3):
+        one(number)
+        other(number)
+    assert seen == [0, 1, 2, 0, 1, 2]
 
 
 def test_cold_calls_rotate_over_more_than_the_caches_hold() -> None:
@@ -127,9 +145,9 @@ def loops() -> limits.Limits:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_store_loop_writes_every_byte_of_whole_lines(loops: limits.Limits, streaming: bool) -> None:
-    out = torch.ones(64, 1024, dtype=torch.uint8)
+    out = torch.zeros(64, 1024, dtype=torch.uint8)
     loops.store(out, streaming=streaming)
-    assert not out.any()
+    assert bool((out == 1).all())
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -139,10 +157,18 @@ def test_read_and_store_loop_reads_every_byte_and_writes_every_byte(loops: limit
     out = torch.zeros(out_bytes, dtype=torch.uint8)
     loops.read_and_store(source, out, streaming=streaming)
     lines = source.view(-1, ratio, line)
-    mixed = lines[:, 0].clone()
-    for other in range(1, ratio):
+    mixed = torch.ones_like(lines[:, 0])
+    for other in range(ratio):
         mixed ^= lines[:, other]
     assert torch.equal(out, mixed.flatten())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_loop_that_reads_less_than_it_writes_reads_every_byte_too(loops: limits.Limits, streaming: bool) -> None:
+    source, ratio, line = torch.randint(0, 256, (1 << 13,), dtype=torch.uint8), 8, 64
+    out = torch.zeros(len(source) * ratio, dtype=torch.uint8)
+    loops.read_and_store(source, out, streaming=streaming)
+    assert torch.equal(out, (source ^ 1).view(-1, 1, line).expand(-1, ratio, line).flatten())
 
 
 def test_without_a_compiler_the_limits_are_left_out_with_a_word(
@@ -199,6 +225,9 @@ def test_step_looks_at_neighbours_alone() -> None:
     per_m = neighbours("m", per="m")(series)
     assert per_m is not None
     assert per_m.value == pytest.approx(9.0 / 8 / (1.5 / 2))
+    doubled = neighbours("m", per="m", doubled=True)([at(1.0, m=2), at(9.0, m=3), at(3.0, m=4)])
+    assert doubled is not None
+    assert doubled.value == 1.5
     falling = neighbours("m", down=True)([at(2.0, m=16), at(1.0, m=17)])
     assert falling is not None
     assert falling.value == 2.0
@@ -249,7 +278,8 @@ def widened(records: Iterable[Record]) -> list[Record]:
         batches = (1, 2, 16, 17, 64) if one.case.m else (0,)
         for dtype, m, size, threads in product(bench.DTYPES, batches, (128, 4096, 4544), (1, 2)):
             for place, isa in product((COLD, HOT), ("avx2", "avx512_bf16")):
-                sizes = {"n": size, "d": size} if "growth" not in one.case.suite else {}
+                swept = one.case.suite in ("growth with n", "growth with d")
+                sizes = {} if swept else {"n": size, "d": size}
                 case = dataclasses.replace(one.case, dtype=dtype, m=m, threads=threads, place=place, **sizes)
                 ratios = {"ggml IQ4_NL": 1.0, "bitsandbytes": 1.0, **one.ratios}
                 found.append(dataclasses.replace(one, case=case, isa=isa, ratios=ratios))

@@ -277,7 +277,7 @@ def test_the_report_says_what_was_done() -> None:
     layer = report.layers[1]
     assert (layer.name, layer.shape, layer.group_size, layer.bits_per_weight) == ("layers.0.down", (64, 128), 32, 5.0)
     exact = (model.layers[0].down.dequantize().double() - weight.double()).norm() / weight.double().norm()
-    assert layer.relative_rms_error == pytest.approx(exact.item(), rel=1e-9)
+    assert layer.relative_rms_error == pytest.approx(exact.item(), rel=1e-6)
     assert 0.05 < layer.relative_rms_error < 0.12
     assert report.bytes_before == before
     assert report.bytes_after == sum(t.nbytes for t in model.state_dict().values())

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.bench import DTYPES, Candidate, Options, checked, measure, relative_error
+from benchmarks.bench import DTYPES, Candidate, Options, measure, relative_error
 from benchmarks.records import COLD, Case, Record
-from benchmarks.suites.weights import Contender, ours, random_weight, theirs
-from benchmarks.timing import rotating
+from benchmarks.suites.weights import Contender, entrants, ours, random_weight, theirs
 
 WHAT = "gradient of x"
 BATCHES = (16, 64, 256, 1024)
@@ -39,10 +38,10 @@ def gradients(contenders: list[Contender], m: int, dtype: torch.dtype) -> list[C
     def backward(y: Tensor) -> Callable[[], Tensor]:
         return lambda: torch.autograd.grad(y, x, dy, retain_graph=True)[0]
 
-    found = []
-    for contender in contenders:
-        calls = [backward(layer(x)()) for layer in contender.layers]
-        exact = dy[:ROWS].double() @ contender.decoded.double()
-        error = checked(f"the gradient of {contender.name}", relative_error(calls[0]()[:ROWS], exact), contender.bound)
-        found.append(Candidate(contender.name, contender.role, rotating(calls), error))
-    return found
+    def error(contender: Contender, dx: Tensor) -> float:
+        return relative_error(dx[:ROWS], dy[:ROWS].double() @ contender.decoded.double())
+
+    def calls_of(contender: Contender) -> list[Callable[[], Tensor]]:
+        return [backward(layer(x)()) for layer in contender.layers]
+
+    return entrants(contenders, f"the {WHAT} at M = {m} in {dtype}", m, calls_of, error)

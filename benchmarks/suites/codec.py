@@ -106,14 +106,17 @@ def decoders(w: Tensor, place: str) -> list[Candidate]:
         theirs = codec.quantize(w)
         kept = rotation(place, nbytes, theirs, lambda theirs=theirs: copy.deepcopy(theirs))  # type: ignore[misc]
         candidates.append(Candidate(name, PEER, over(kept, codec.dequantize), bad))
-    return candidates + _store_loops(out)
+    return candidates + _store_loops(out, [pair[0] for pair in copies()])
 
 
-def _store_loops(out: Tensor) -> list[Candidate]:
+def _store_loops(out: Tensor, packed: Sequence[Tensor]) -> list[Candidate]:
     if (loops := limits()) is None:
         return []
     found = []
     for streaming in (False, True):
+
+        def read_too(packed: Tensor, streaming: bool = streaming) -> None:
+            loops.read_and_store(packed, out, streaming=streaming)
 
         def same(_: int, streaming: bool = streaming) -> None:
             loops.store(out, streaming=streaming)
@@ -124,6 +127,7 @@ def _store_loops(out: Tensor) -> list[Candidate]:
             return memory
 
         found.append(Candidate(_named("store, same memory", streaming), LIMIT, same))
+        found.append(Candidate(_named("read packed, store, same memory", streaming), LIMIT, over(packed, read_too)))
         found.append(Candidate(_named("store, fresh memory", streaming), LIMIT, fresh))
     return found
 

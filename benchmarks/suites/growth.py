@@ -1,4 +1,7 @@
-"""How the time grows with n, d, M and the threads: nothing may be worse than linear, and no M slower than M + 1."""
+"""How the time grows with n, d, M and the threads: nothing may be worse than linear, and no M slower than M + 1.
+
+What a sweep compares takes turns in the same rounds, because a machine's speed changes within a minute.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.bench import DTYPES, Options, measure
-from benchmarks.records import COLD, Case, Record
+from benchmarks.bench import DTYPES, Candidate, Options, measure, measure_together
+from benchmarks.records import COLD, OURS, Case, Record
 from benchmarks.suites import codec
-from benchmarks.suites.linear import compete
-from benchmarks.suites.weights import Reading, ours, random_weight, theirs
+from benchmarks.suites.weights import GROUP_SIZE, activations, ours, products, random_weight, theirs
 
 SWEEP_N, SWEEP_D, SWEEP_M, SWEEP_THREADS = "n", "d", "M", "threads"  # the suites' names begin with "growth with "
+SWEEP_SHAPE = "shape"
+SHAPES = (1, 4544 / 4096, 2880 / 4096)  # rows and columns that are no powers of two, beside ones that are
 FACTORS = (0.25, 0.5, 1, 2, 4)
 QUICK_FACTORS = (0.5, 1)
 BATCHES = (*range(1, 35), 40, 48, 56, 63, 64, 65, 96, 128, 256, 512)
@@ -22,6 +26,7 @@ QUICK_BATCHES = (1, 2, 3, 4)
 DENSE = ("dense torch",)
 
 
+@torch.no_grad()
 def run(options: Options) -> Iterator[Record]:
     size = options.square
     factors = QUICK_FACTORS if options.quick else FACTORS
@@ -29,20 +34,28 @@ def run(options: Options) -> Iterator[Record]:
     dtypes = [dtype for dtype in options.dtypes if dtype != "float16"]  # which runs through the same code as float32
     many = max(options.threads)
     for dtype in dtypes:
-        for factor in factors:
-            yield from _linear(SWEEP_N, dtype, int(size * factor), size, 1, many, options)
-            yield from _linear(SWEEP_D, dtype, size, int(size * factor), 1, many, options)
+        torch.set_num_threads(many)
+        for sweep, shapes in (
+            (SWEEP_N, [(int(size * factor), size) for factor in factors]),
+            (SWEEP_D, [(size, int(size * factor)) for factor in factors]),
+        ):
+            yield from measure_together([_linear(sweep, dtype, n, d, 1, many) for n, d in shapes], options)
+        for m in (1, 16):
+            sides = [int(size * factor) // GROUP_SIZE * GROUP_SIZE for factor in SHAPES]
+            yield from measure_together([_linear(SWEEP_SHAPE, dtype, side, side, m, many) for side in sides], options)
         yield from _batches(dtype, size, many, options)
         for threads in some_threads(max(os.cpu_count() or 1, many)):
+            torch.set_num_threads(threads)
             for m in (1, 64):
-                yield from _linear(SWEEP_THREADS, dtype, size, size, m, threads, options)
+                yield from measure(*_linear(SWEEP_THREADS, dtype, size, size, m, threads), options)
     torch.set_num_threads(many)
-    for factor in factors:
-        w = torch.randn(int(size * factor), size)
-        for what, candidates in ((codec.QUANTIZE, codec.quantizers), (codec.DEQUANTIZE, codec.decoders)):
-            own = [candidate for candidate in candidates(w, COLD) if candidate.role == "ours"]
-            case = Case(f"growth with {SWEEP_N}", what, "float32", w.size(0), w.size(1), threads=many)
-            yield from measure(case, own, options)
+    for what, candidates in ((codec.QUANTIZE, codec.quantizers), (codec.DEQUANTIZE, codec.decoders)):
+        entries = []
+        for factor in factors:
+            w = torch.randn(int(size * factor), size)
+            own = [candidate for candidate in candidates(w, COLD) if candidate.role == OURS]
+            entries.append((Case(f"growth with {SWEEP_N}", what, "float32", *w.shape, threads=many), own))
+        yield from measure_together(entries, options)
 
 
 def some_threads(most: int) -> list[int]:
@@ -50,17 +63,17 @@ def some_threads(most: int) -> list[int]:
     return [*(2**k for k in range((most - 1).bit_length())), most]
 
 
-def _linear(sweep: str, dtype: str, n: int, d: int, m: int, threads: int, options: Options) -> Iterator[Record]:
-    torch.set_num_threads(threads)
+def _linear(sweep: str, dtype: str, n: int, d: int, m: int, threads: int) -> tuple[Case, list[Candidate]]:
     weight = random_weight(n, d)
     case = Case(f"growth with {sweep}", "linear", dtype, n, d, m, weight.group_size, threads, COLD)
-    yield from compete(case, [ours(weight, DTYPES[dtype])], Reading(weight), options)
+    return case, products([ours(weight, DTYPES[dtype])], activations(m, d, DTYPES[dtype]), COLD)
 
 
 def _batches(dtype: str, size: int, threads: int, options: Options) -> Iterator[Record]:
-    torch.set_num_threads(threads)
     weight = random_weight(size, size)
     contenders = [ours(weight, DTYPES[dtype]), *theirs(weight, DTYPES[dtype], only=DENSE)]
+    entries = []
     for m in options.batches or (QUICK_BATCHES if options.quick else BATCHES):
         case = Case(f"growth with {SWEEP_M}", "linear", dtype, size, size, m, weight.group_size, threads, COLD)
-        yield from compete(case, contenders, None, options)
+        entries.append((case, products(contenders, activations(m, size, DTYPES[dtype]), COLD)))
+    yield from measure_together(entries, options)

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.bench import DTYPES, Options, measure, places
 from benchmarks.records import COLD, HOT, Case, Record
-from benchmarks.suites.weights import Contender, Reading, Weight, ours, products, random_weight, theirs
+from benchmarks.suites.weights import Contender, Reading, Weight, activations, ours, products, random_weight, theirs
 
 WHAT = "linear"
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
@@ -51,9 +51,7 @@ def _taking_part(contenders: Sequence[Contender], case: Case, threads: Sequence[
     return [contender for contender in contenders if few or not contender.slow]
 
 
-def compete(case: Case, contenders: Sequence[Contender], reading: Reading | None, options: Options) -> Iterator[Record]:
-    x = torch.randn(case.m, case.d, generator=torch.Generator().manual_seed(case.m)).to(DTYPES[case.dtype])
-    with torch.no_grad():
-        candidates = products(contenders, x, case.place)
-        limit = reading.candidates(case.place) if reading is not None else []
-        yield from measure(case, [*candidates, *limit], options)
+@torch.no_grad()
+def compete(case: Case, contenders: Sequence[Contender], reading: Reading, options: Options) -> Iterator[Record]:
+    candidates = products(contenders, activations(case.m, case.d, DTYPES[case.dtype]), case.place)
+    yield from measure(case, [*candidates, *reading.candidates(case.place)], options)

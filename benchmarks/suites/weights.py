@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from benchmarks.limits import limits
 from benchmarks.peers import left_out_if_it_fails, peers
 from benchmarks.peers.base import Bound, Layer, Linear, from_module
 from benchmarks.records import COLD, LIMIT, OURS, PEER
-from benchmarks.timing import rotating
+from benchmarks.timing import Call, rotating
 
 GROUP_SIZE = 64
 NAME = "squish_nf4"
@@ -61,6 +62,10 @@ class Contender:
     bound: float
     slow: bool = False
     pace: float = 0.0
+    turn: Iterator[int] = field(default_factory=count)  # shared, so that no two cases that take turns use one copy
+
+    def rotating(self, calls: Sequence[Bound]) -> Call:
+        return lambda _: calls[next(self.turn) % len(calls)]()
 
     def bind(self, x: Tensor, place: str) -> list[Bound]:
         return [layer(x) for layer in (self.layers if place == COLD else self.layers[:1])]
@@ -95,30 +100,48 @@ def _copies(linear: Linear, cold: bool) -> list[Layer]:
     return [linear.copy() for _ in range(copies_beyond_caches(linear.nbytes) if cold else 1)]
 
 
+def activations(m: int, d: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(m, d, generator=torch.Generator().manual_seed(m)).to(dtype)
+
+
 def products(contenders: Sequence[Contender], x: Tensor, place: str) -> list[Candidate]:
-    """Each contender with these activations, checked. One of ours that is wrong ends the run, a peer is left out."""
+    """Each contender with these activations, checked."""
+    return entrants(
+        contenders,
+        f"M = {x.size(0)} in {x.dtype}",
+        x.size(0),
+        lambda contender: contender.bind(x, place),
+        lambda contender, y: product_error(y, x, contender.decoded),
+    )
+
+
+def entrants(
+    contenders: Sequence[Contender],
+    case: str,
+    m: int,
+    calls_of: Callable[[Contender], list[Bound]],
+    error_of: Callable[[Contender, Tensor], float],
+) -> list[Candidate]:
+    """Those whose result for m activations is right. One of ours that is wrong ends the run; a peer that is wrong or
+    takes too long is left out."""
     found = []
     for contender in contenders:
         try:
-            found.append(_checked_product(contender, x, place))
+            _refuse_slow(contender, contender.pace * m)
+            calls = calls_of(contender)
+            started = time.perf_counter()
+            result = calls[0]()
+            seconds = time.perf_counter() - started
+            if m >= SCALES_FROM:
+                contender.pace = seconds / m
+            error = checked(contender.name, error_of(contender, result), contender.bound)
+            _refuse_slow(contender, seconds)
+            found.append(Candidate(contender.name, contender.role, contender.rotating(calls), error))
         except Exception as reason:
             if contender.role == OURS:
                 raise
-            print(f"{contender.name} is left out of M = {x.size(0)} in {x.dtype}: {reason}")
+            print(f"{contender.name} is left out of {case}: {reason}")
     return found
-
-
-def _checked_product(contender: Contender, x: Tensor, place: str) -> Candidate:
-    _refuse_slow(contender, contender.pace * x.size(0))
-    bound = contender.bind(x, place)
-    started = time.perf_counter()
-    y = bound[0]()
-    seconds = time.perf_counter() - started
-    if x.size(0) >= SCALES_FROM:
-        contender.pace = seconds / x.size(0)
-    error = checked(contender.name, product_error(y, x, contender.decoded), contender.bound)
-    _refuse_slow(contender, seconds)
-    return Candidate(contender.name, contender.role, rotating(bound), error)
 
 
 def _refuse_slow(contender: Contender, seconds: float) -> None:
@@ -139,8 +162,8 @@ class Reading:
     """The limit of a product with few activations: its packed bytes and scales, read once."""
 
     def __init__(self, weight: Weight, *, cold: bool = True) -> None:
-        count = copies_beyond_caches(weight.nbytes) if cold else 1
-        self.copies = [weight.copy() for _ in range(count)] if limits() is not None else []
+        needed = copies_beyond_caches(weight.nbytes) if cold else 1
+        self.copies = [weight.copy() for _ in range(needed)] if limits() is not None else []
 
     def candidates(self, place: str) -> list[Candidate]:
         loops = limits()
