@@ -23,7 +23,7 @@ from tests.disassembly import Function, Loop, functions
 
 STORED = Path(__file__).with_suffix(".json")
 EXECUTED_PATHS = ("scalar", "avx2")
-EXECUTED = tuple(product(EXECUTED_PATHS, ("quantize", "dequantize", "linear")))
+EXECUTED = tuple(product(EXECUTED_PATHS, ("quantize", "dequantize", "linear", "odd")))
 WEIGHTS = 64 * 1024  # of tests/native/one_kernel.cpp
 RUNS = int(re.findall(r"kRuns = (\d+);", (ROOT / "csrc" / "cpu" / "kernels.h").read_text())[0])
 

@@ -74,11 +74,10 @@ def test_loop_keeps_its_budget(loops: dict[str, Count], loop: str) -> None:
 def test_no_loop_of_avx512_keeps_a_vector_on_the_stack(loops: dict[str, Count]) -> None:
     """AVX2 has sixteen registers, and the tables and sums of four rows are more.
 
-    So are, on AVX-512, the sums of three or four activations beside bfloat16 levels that are made of float32 ones.
+    So are, on AVX-512, the sums of some activations beside the scales of every lane.
     """
     spilled = {loop: count.on_stack for loop, count in loops.items() if count.on_stack}
-    excepted = {f"avx512_bf16 linear bfloat16: decode, multiply by {m}, any groups" for m in (3, 4)}
-    assert [loop for loop in spilled if loop.startswith("avx512") and loop not in excepted] == []
+    assert [loop for loop in spilled if loop.startswith("avx512") and not loop.endswith(", any groups")] == []
 
 
 @pytest.mark.parametrize(("path", "what"), instruction_budget.EXECUTED)

@@ -122,8 +122,9 @@ void multiply_row(const RowOfEachRun& rows, int64_t columns, int64_t group_size,
         const int16_t* xi = x + i * x_stride;
         float x_scale;
         std::memcpy(&x_scale, xi + kStep, sizeof x_scale);
-        sum[i][run] =
-            _mm256_fmadd_ps(multiply(levels, xi), _mm256_mul_ps(w_scale, _mm256_set1_ps(x_scale)), sum[i][run]);
+        // One scale after the other: the product of two small ones would be lost.
+        const __m256 product = _mm256_mul_ps(multiply(levels, xi), _mm256_set1_ps(x_scale));
+        sum[i][run] = _mm256_fmadd_ps(product, w_scale, sum[i][run]);
       }
     }
     if (kTwo) group += 2;

@@ -194,6 +194,24 @@ struct Avx512Floats {
   static void decode(const uint8_t* packed, const LaneScales& scales, __m512& even, __m512& odd) {
     avx512::decode(packed, scales, even, odd);
   }
+  static void split(const float* x, float* even, float* odd) {
+    const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
+    const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + kLanes);
+    _mm512_storeu_ps(even, _mm512_permutex2var_ps(low, first, high));
+    _mm512_storeu_ps(odd, _mm512_permutex2var_ps(low, second, high));
+  }
+  static void split(const BFloat16* x, float* even, float* odd) {
+    const __m512i pairs = _mm512_loadu_si512(x);
+    _mm512_storeu_si512(even, _mm512_slli_epi32(pairs, 16));
+    _mm512_storeu_si512(odd, _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+  static void split(const Float16* x, float* even, float* odd) {
+    const __m512i pairs = _mm512_loadu_si512(x);
+    _mm512_storeu_ps(even, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs)));
+    _mm512_storeu_ps(odd, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16))));
+  }
+
   static Sum zero() { return _mm512_setzero_ps(); }
   static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
   static void store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }

@@ -83,6 +83,16 @@ struct Avx512BFloats {
     even = (__m512i)_mm512_cvtne2ps_pbh(high_even, low_even);
     odd = (__m512i)_mm512_cvtne2ps_pbh(high_odd, low_odd);
   }
+  static void split(const BFloat16* x, BFloat16* even, BFloat16* odd) {
+    const __m512i low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + kLanes);
+    const __m512i bits = _mm512_set1_epi32(0xffff);
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);  // packus interleaves the two by 128 bits
+    const __m512i first = _mm512_packus_epi32(_mm512_and_si512(low, bits), _mm512_and_si512(high, bits));
+    const __m512i second = _mm512_packus_epi32(_mm512_srli_epi32(low, 16), _mm512_srli_epi32(high, 16));
+    _mm512_storeu_si512(even, _mm512_permutexvar_epi64(order, first));
+    _mm512_storeu_si512(odd, _mm512_permutexvar_epi64(order, second));
+  }
+
   static Sum zero() { return _mm512_setzero_ps(); }
   static __m512i load(const BFloat16* x) { return _mm512_loadu_si512(x); }
   static void store(BFloat16* to, __m512i x) { _mm512_storeu_si512(to, x); }

@@ -28,7 +28,7 @@ static inline void advance(GroupCursor& cursor, int64_t columns) {
   cursor.column += columns;
   cursor.left -= columns;
   if (cursor.left > 0) return;
-  const bool to_next = cursor.left + cursor.group_size > 0;  // mostly, and then there is nothing to divide
+  const bool to_next = cursor.left + cursor.group_size > 0;  // as it is for all but small groups: no division
   const int64_t groups = to_next ? 1 : 1 - cursor.left / cursor.group_size;
   cursor.group += groups;
   cursor.left += groups * cursor.group_size;
@@ -36,8 +36,9 @@ static inline void advance(GroupCursor& cursor, int64_t columns) {
 
 // Groups that the next `count` columns touch, of those the row has.
 static inline int64_t groups_touched(const GroupCursor& cursor, int64_t count) {
-  const auto after_first = static_cast<float>(count - 1 - cursor.left + cursor.group_size);
-  const auto touched = 1 + static_cast<int64_t>((after_first + 0.5f) * cursor.per_column);
+  const int64_t beyond = count - cursor.left;  // columns after this group
+  int64_t touched = beyond <= 0 ? 1 : 2;
+  if (beyond > cursor.group_size) touched += (beyond - 1) / cursor.group_size;
   return std::min(touched, cursor.groups - cursor.group);
 }
 

@@ -51,8 +51,7 @@ struct RowRuns {
 constexpr nf4::Tiles blocks_of(int64_t m, int64_t most) { return nf4::cut_rows(m, 1, most); }
 
 // Lays out a block of m activations as Multiply reads them.
-//   x: m rows of d values, `stride` apart. out: m * columns elements (step_elements for `step` columns), `columns`
-//   being rounded up to whole steps.
+//   x: m rows of d values, `stride` apart. columns: whole steps. out: step_elements for each step of each row.
 // Columns from d on get zeros: they are the weight's padding.
 template <typename T, typename Element>
 using Pack = void (*)(const T* x, int64_t m, int64_t d, int64_t stride, int64_t columns, Element* out);
@@ -152,7 +151,7 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;                       // x86-64 only
 extern const Kernels kAvx512Kernels;                     // x86-64 only
 extern const LinearKernels<BFloat16> kAvx512Bf16Linear;  // x86-64 only
-// Up to kMostInt16Activations finite 16-bit activations. x86-64 only.
+// Up to kMostInt16Activations 16-bit activations, finite and without outliers. x86-64 only.
 inline constexpr int kMostInt16Activations = 4;
 extern const LinearKernels<int16_t> kAvx2Int16Linear;
 

@@ -8,6 +8,7 @@
 //   LaneScales(scales from the cursor's group on, Lanes): their scales in one row
 // - decode(packed, one of these, even, odd): kLanes bytes to their even and their odd columns. With LaneScales it reads
 //   no bytes beyond the row, and columns there are zero
+// - split(x, even, odd), if the compiler is to be helped: a step's activations to its two half steps
 // - zero(), load(Element*), store(Element*, Operand), multiply_add(Operand, Operand, Sum)
 // - totals(Sum a, b, c, d): the total of each
 //
@@ -33,9 +34,13 @@ void pack_rows(const T* x, int64_t m, int64_t d, int64_t stride, int64_t columns
       typename V::Element* even = out + row * V::kLanes;
       typename V::Element* odd = even + m * V::kLanes;
       if (start + kStep <= d) {
-        for (int64_t lane = 0; lane < V::kLanes; ++lane) {
-          even[lane] = nf4::convert<typename V::Element>(from[2 * lane]);
-          odd[lane] = nf4::convert<typename V::Element>(from[2 * lane + 1]);
+        if constexpr (requires { V::split(from, even, odd); }) {
+          V::split(from, even, odd);
+        } else {
+          for (int64_t lane = 0; lane < V::kLanes; ++lane) {
+            even[lane] = nf4::convert<typename V::Element>(from[2 * lane]);
+            odd[lane] = nf4::convert<typename V::Element>(from[2 * lane + 1]);
+          }
         }
       } else {
         const int64_t left = d - start;
@@ -108,13 +113,13 @@ __attribute__((always_inline)) inline void for_each_step(const RowOfEachRun& row
   };
   GroupCursor cursor = cursor_at(first, columns, group_size);
   if (group_size % V::kLanes == 0) {
-    const auto group_of_next_half = [&] {
+    const auto pass_half_a_step = [&] {
       const int64_t group = cursor.group;
       advance(cursor, V::kLanes);
       return group;
     };
     while (cursor.column < last && cursor.column + kStep <= columns) {
-      const int64_t column = cursor.column, one = group_of_next_half(), other = group_of_next_half();
+      const int64_t column = cursor.column, one = pass_half_a_step(), other = pass_half_a_step();
       for (int run = 0; run < kRuns; ++run)
         use_levels(run, typename V::TwoGroups(*scales_from(run, one), rows.scales[run][other]), column);
     }

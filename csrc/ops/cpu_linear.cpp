@@ -1,11 +1,13 @@
 // linear_nf4 and its gradient on the CPU. The layer is our own kernels at every size: they read the packed bytes, and a
-// decoded weight lives in registers or in a few hundred kilobytes of scratch.
+// decoded weight lives in registers or in scratch of a quarter of a megabyte.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
+
+#include <cmath>
 
 #include "csrc/cpu/linear.h"
 #include "csrc/nf4/tiles.h"
@@ -17,6 +19,7 @@ namespace squish::ops {
 namespace {
 
 constexpr int64_t kActivationBytes = int64_t{8} << 20;  // packed activations in scratch
+constexpr int64_t kMostActivations = 4096;              // of which a thread holds the sums of some rows
 constexpr int64_t kTileBytes = int64_t{4} << 20;        // decoded weight in scratch, for the gradient
 constexpr int64_t kMultipliesPerThread = 16384;         // below this a second thread costs more than it saves
 
@@ -27,14 +30,16 @@ void multiply(const cpu::LinearKernels<Element>& kernels, const Tensor& x, const
   const int64_t m = x.size(0), d = x.size(1), n = packed.size(0), columns = packed.size(1) * 2;
   const int64_t padded = cpu::packed_elements(kernels, columns);
   const int64_t bytes = std::max<int64_t>(padded, 1) * int64_t{sizeof(Element)};
-  // Stretches of about equal length, of two blocks at least: so none is a few that would be summed in another order.
-  const nf4::Tiles stretches = nf4::cut_rows(m, bytes, std::max(kActivationBytes, 2 * kernels.block * bytes));
-  const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(stretches.rows * bytes);
+  // Stretches whose lengths differ by one at most, and that may be two blocks long: so none is as few activations as
+  // are summed in another order.
+  const int64_t most = std::clamp(kActivationBytes / bytes, 2 * kernels.block, kMostActivations);
+  const int64_t stretches = (m + most - 1) / most;
+  const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(std::min(m, most) * bytes);
   Element* activations = static_cast<Element*>(scratch.get());
   const T* values = static_cast<const T*>(x.const_data_ptr());
   T* out = static_cast<T*>(y.mutable_data_ptr());
-  for (int64_t first = 0; first < m; first += stretches.rows) {
-    const int64_t count = std::min(stretches.rows, m - first);
+  for (int64_t stretch = 0; stretch < stretches; ++stretch) {
+    const int64_t first = stretch * m / stretches, count = (stretch + 1) * m / stretches - first;
     const nf4::Tiles blocks = cpu::blocks_of(count, kernels.block);
     const int64_t work = std::max<int64_t>(1, blocks.rows * padded);
     parallel_for(0, blocks.count, std::max<int64_t>(1, kMultipliesPerThread / work), [&](int64_t begin, int64_t end) {
@@ -52,7 +57,7 @@ void multiply(const cpu::LinearKernels<Element>& kernels, const Tensor& x, const
                                            bias,
                                            out + first * n,
                                            n};
-    parallel_for(0, n, std::max<int64_t>(1, kMultipliesPerThread / std::max<int64_t>(columns, 1)),
+    parallel_for(0, n, std::max<int64_t>(1, kMultipliesPerThread / std::max<int64_t>(columns * count, 1)),
                  [&](int64_t begin, int64_t end) {
                    const cpu::DefaultFloatEnvironment environment;
                    const at::DataPtr own = c10::GetCPUAllocator()->allocate(cpu::linear_scratch_bytes<Element>(count));
@@ -85,14 +90,26 @@ bool aten_multiplies(const cpu::Selection& path, const Tensor& x, const Tensor& 
          (!bias.defined() || bias.scalar_type() == at::kBFloat16) && m >= (path.has_amx ? 32 : 1024);
 }
 
+// Whether integers of 14 bits hold these activations about as well as T does: they are units of the largest magnitude
+// of 64 columns, so no outlier may stand far above the others; nor may the unit leave the range of float32.
 template <typename T>
-bool all_finite(const Tensor& x) {
+bool suit_int16(const Tensor& x) {
+  constexpr float kMostOverMean = std::is_same_v<T, nf4::Float16> ? 8 : 16;
+  constexpr int64_t kColumns = 64;
   const T* values = static_cast<const T*>(x.const_data_ptr());
-  bool finite = true;
   for (int64_t row = 0; row < x.size(0); ++row)
-    for (int64_t i = row * x.stride(0); i < row * x.stride(0) + x.size(1); ++i)
-      finite &= (nf4::bits_of(nf4::to_float(values[i])) & nf4::kMagnitudeMask) < nf4::kInfinityBits;
-  return finite;
+    for (int64_t first = 0; first < x.size(1); first += kColumns) {
+      const int64_t count = std::min(kColumns, x.size(1) - first);
+      float largest = 0, sum = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const float magnitude = std::fabs(nf4::to_float(values[row * x.stride(0) + first + i]));
+        largest = std::max(largest, magnitude);
+        sum += magnitude;
+      }
+      const bool even = largest * static_cast<float>(count) <= kMostOverMean * sum;  // false for infinity and NaN
+      if (!(sum == 0 || (even && largest >= 0x1p-90f && sum < INFINITY))) return false;
+    }
+  return true;
 }
 
 // y by the fastest kernels that this processor has for T, m and these groups.
@@ -104,7 +121,7 @@ void multiply_in_the_fastest_type(const cpu::Selection& path, const Tensor& x, c
       return multiply<T, T>(*path.linear_bfloat16, x, packed, scales, bias, group_size, y);
   if constexpr (!std::is_same_v<T, float>)
     if (x.size(0) <= cpu::kMostInt16Activations && path.linear_int16 != nullptr &&
-        path.linear_int16->takes(packed.size(1) * 2, group_size) && all_finite<T>(x))
+        path.linear_int16->takes(packed.size(1) * 2, group_size) && suit_int16<T>(x))
       return multiply<int16_t, T>(*path.linear_int16, x, packed, scales, bias, group_size, y);
   multiply<float, T>(path.kernels->linear, x, packed, scales, bias, group_size, y);
 }

@@ -1,5 +1,6 @@
-// Runs one kernel of one CPU path inside run(), where callgrind counts: scalar|avx2 quantize|dequantize|linear.
-// 64 rows of 1024 float32 columns in groups of 32; linear takes one activation.
+// Runs one kernel of one CPU path inside run(), where callgrind counts: scalar|avx2 quantize|dequantize|linear|odd.
+// 64 rows of 1024 float32 columns in groups of 32; linear takes one activation. odd: linear in groups of 16 * 3 + 2,
+// which begin anywhere in a step; the last step of a row is shorter.
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -10,19 +11,19 @@ namespace {
 
 using namespace squish;
 
-constexpr int64_t kRows = 64, kColumns = 1024, kGroup = 32;
+constexpr int64_t kRows = 64, kColumns = 1024, kGroup = 32, kOddColumns = 1000, kOddGroup = 50;
 alignas(64) uint8_t packed[kRows * kColumns / 2];
 alignas(64) float scales[kRows * kColumns / kGroup], dense[kRows * kColumns], sums[kRows];
 alignas(64) float x[kColumns], scratch[cpu::linear_scratch<float>(1, kRows / cpu::kRuns)];
 
-void linear(const cpu::Kernels& kernels) {
+void linear(const cpu::Kernels& kernels, int64_t columns, int64_t group) {
   cpu::RowRuns runs;
   runs.rows = kRows / cpu::kRuns;
   for (int run = 0; run < cpu::kRuns; ++run) {
-    runs.packed[run] = packed + run * runs.rows * kColumns / 2;
-    runs.scales[run] = scales + run * runs.rows * kColumns / kGroup;
+    runs.packed[run] = packed + run * runs.rows * columns / 2;
+    runs.scales[run] = scales + run * runs.rows * columns / group;
   }
-  kernels.linear.multiply(runs, kColumns, kGroup, x, 1, scratch, sums);
+  kernels.linear.multiply(runs, columns, group, x, 1, scratch, sums);
 }
 
 }  // namespace
@@ -30,7 +31,8 @@ void linear(const cpu::Kernels& kernels) {
 extern "C" __attribute__((noinline)) void run(const cpu::Kernels& kernels, const std::string& what) {
   if (what == "quantize") kernels.encode_float32(dense, kRows * kColumns, kGroup, packed, scales);
   if (what == "dequantize") kernels.decode_float32(packed, scales, 0, kRows * kColumns, kGroup, dense);
-  if (what == "linear") linear(kernels);
+  if (what == "linear") linear(kernels, kColumns, kGroup);
+  if (what == "odd") linear(kernels, kOddColumns, kOddGroup);
 }
 
 int main(int argc, char** argv) {

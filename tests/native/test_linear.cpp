@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "csrc/cpu/group_cursor.h"
 #include "csrc/cpu/linear.h"
 #include "csrc/nf4/codec.h"
 #include "csrc/nf4/tiles.h"
@@ -166,6 +167,23 @@ void check_infinite_scale(const char* path, const cpu::LinearKernels<Element>& k
     }
 }
 
+// Against integers of any size: float32 arithmetic would go wrong from some point on.
+void check_group_cursor(Random& random) {
+  for (int round = 0; round < 200000; ++round) {
+    const int64_t group_size = 1 + random.bits() % (1u << (round % 31)), groups = 1 + random.bits() % 5;
+    const int64_t columns = groups * group_size, column = static_cast<int64_t>(random.bits()) % columns;
+    const int64_t count = 1 + random.bits() % 64;
+    cpu::GroupCursor cursor = cpu::cursor_at(column, columns, group_size);
+    const int64_t last = std::min(column + count, columns) - 1;
+    CHECK(cpu::groups_touched(cursor, count) == last / group_size - column / group_size + 1,
+          "%d columns from column %ld in groups of %ld", int(count), long(column), long(group_size));
+    cpu::advance(cursor, count);
+    CHECK(cursor.column == column + count && cursor.group == (column + count) / group_size &&
+              cursor.left == group_size - (column + count) % group_size,
+          "%d columns on from column %ld in groups of %ld", int(count), long(column), long(group_size));
+  }
+}
+
 template <typename T>
 void check_int16(const char* path, const cpu::LinearKernels<int16_t>& kernels, Random& random) {
   for (int64_t group_size : {32, 64, 128, 192})
@@ -185,6 +203,7 @@ void check_int16(const char* path, const cpu::LinearKernels<int16_t>& kernels, R
 
 void check_linear() {
   Random random;
+  check_group_cursor(random);
   for (const Path& path : available_paths()) {
     if (path.linear_int16 != nullptr) {
       check_int16<BFloat16>(path.name, *path.linear_int16, random);
