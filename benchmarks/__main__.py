@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batches", nargs="+", type=int, help="numbers of activations, M")
     found.add_argument("--size", type=int, help="rows and columns of the matrix (4096)")
     found.add_argument("--rounds", type=int, default=21)
-    found.add_argument("--patience", type=float, default=0.6, help="seconds of a case, after which no round begins")
+    found.add_argument("--patience", type=float, default=1.0, help="seconds of a case, after which no round begins")
     found.add_argument("--quick", action="store_true", help="few cases, cold ones only")
     found.add_argument("--isa", nargs="+", default=[], help="CPU paths (SQUISH_NF4_ISA), each in its own process")
     found.add_argument("--output", type=Path, default=OUTPUT, help="folder of records, table and plots")
