@@ -28,7 +28,7 @@ AMX = "amx_bf16" in Path("/proc/cpuinfo").read_text()
 
 def require_own_kernels(dtype: torch.dtype, m: int) -> None:
     """Where ATen multiplies instead (docs/numerics.md), the bits may depend on the number of threads."""
-    aten = dtype == torch.bfloat16 and m >= (32 if AMX else 1024)
+    aten = dtype == torch.bfloat16 and m >= (32 if AMX else 4096)
     require("own-kernels", not aten, f"ATen multiplies {m} bfloat16 activations on this processor")
 
 
@@ -287,9 +287,9 @@ def test_awkward_16_bit_activations(forced_isa: ForcedIsa, dtype: torch.dtype, m
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_where_aten_multiplies_the_definition_and_every_run_agree(rng: np.random.Generator, with_bias: bool) -> None:
-    """From 1024 bfloat16 activations on (docs/numerics.md); a bias of another dtype is not ATen's."""
+    """From 4096 bfloat16 activations on (docs/numerics.md); a bias of another dtype is not ATen's."""
     weight = packed_weight(rng, 500, 320, 64)
-    x = torch.from_numpy(rng.standard_normal((1024, 320), dtype=np.float32)).bfloat16()
+    x = torch.from_numpy(rng.standard_normal((4096, 320), dtype=np.float32)).bfloat16()
     for dtype in (torch.bfloat16, torch.float32) if with_bias else (torch.bfloat16,):
         bias = torch.from_numpy(rng.standard_normal(500, dtype=np.float32)).to(dtype) if with_bias else None
         require_definition(x, weight, bias, 64)
@@ -414,7 +414,7 @@ print(more - results / 2**20)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("m", [16, 40, 1040])
+@pytest.mark.parametrize("m", [16, 40, 4100])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_call_holds_a_dense_weight(dtype: str, m: int, direction: str) -> None:
     """It would be 256 MiB in float32 and 128 MiB in bfloat16; a call takes less than 64 MiB beside its results."""

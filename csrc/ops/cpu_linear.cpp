@@ -87,7 +87,7 @@ void multiply_by_aten(const cpu::Kernels& kernels, const Tensor& x, const Tensor
 // is; without, from some point on it makes no difference (docs/benchmarks), and the route stays tested everywhere.
 bool aten_multiplies(const cpu::Selection& path, const Tensor& x, const Tensor& bias, int64_t m) {
   return x.scalar_type() == at::kBFloat16 && path.linear_bfloat16 != nullptr &&
-         (!bias.defined() || bias.scalar_type() == at::kBFloat16) && m >= (path.has_amx ? 32 : 1024);
+         (!bias.defined() || bias.scalar_type() == at::kBFloat16) && m >= (path.has_amx ? 32 : 4096);
 }
 
 // Whether integers of 14 bits hold these activations about as well as T does: they are units of the largest magnitude
