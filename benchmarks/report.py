@@ -40,8 +40,8 @@ Written by `make bench`; every figure is a record in [records.jsonl](records.jso
 median of the ratios within a round, in which the candidates take turns in one process, and was not computed from the
 two medians. What a candidate computes was compared with the definition before it was timed. *Cold* rotates over more
 copies of the weights than the caches hold, and each candidate has its own; *hot* uses one copy. The limits are loops
-(`benchmarks/limits.cpp`) over the same number of bytes, in the same rounds, on the same threads; where there are two,
-the faster counts.
+(`benchmarks/limits.cpp`) over the same number of bytes (those of the codec leave the scales out), in the same rounds,
+on the same threads; where there are two, the faster counts.
 """
 GOALS_HEAD = """What is measured is a speed, relative to that of what the goal names, unless it says error, time or
 call. The value is that of the worst case: of all dtypes, M, threads and places that the goal does not fix.

@@ -31,7 +31,7 @@ def run(options: Options) -> Iterator[Record]:
     size = options.square
     factors = QUICK_FACTORS if options.quick else FACTORS
     options = replace(options, patience=options.patience / 2)
-    dtypes = [dtype for dtype in options.dtypes if dtype != "float16"]  # which runs through the same code as float32
+    dtypes = [dtype for dtype in options.dtypes if dtype != "float16"]  # beyond AVX2 it runs through float32's code
     many = max(options.threads)
     for dtype in dtypes:
         torch.set_num_threads(many)
