@@ -105,7 +105,7 @@ def test_every_operator_of_a_model_is_in_the_table_and_quantize_is_not() -> None
         name.replace("::", ".") for name in torch._C._dispatch_get_all_op_names() if name.startswith("squish::")
     }
     registered = {name if name.endswith(".out") else f"{name}.default" for name in registered}
-    assert registered - names == {"squish.quantize_nf4.default"}
+    assert registered - names == {"squish.quantize_nf4.default", "squish._survey_nf4.default"}
 
 
 REFUSED: list[tuple[str, Callable[..., Any], type[Exception]]] = [

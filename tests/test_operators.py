@@ -22,6 +22,7 @@ SCHEMAS = {
     "Tensor(a!) out) -> Tensor(a!)",
     "linear_nf4": "squish::linear_nf4(Tensor x, Tensor packed, Tensor scales, Tensor? bias=None, int group_size=32) "
     "-> Tensor",
+    "_survey_nf4": "squish::_survey_nf4(Tensor w, Tensor packed, Tensor scales, int group_size) -> Tensor",
     "_linear_nf4_grad_x": "squish::_linear_nf4_grad_x(Tensor dy, Tensor packed, Tensor scales, int group_size, "
     "SymInt d) -> Tensor",
 }
@@ -132,6 +133,11 @@ OPCHECKS: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ((x_of(5, 12), *weight(5, 12, 3), None, 3), {}),
         ((x_of(0, 64), *weight(), x_of(6)), {}),
         ((x_of(64, 3).t(), *weight(), None, 32), {}),
+    ],
+    "_survey_nf4": [
+        ((torch.randn(6, 64), *weight(), 32), {}),
+        ((torch.randn(6, 64).to(torch.bfloat16).t().contiguous().t(), *weight(), 32), {}),
+        ((torch.randn(0, 64), *weight(0, 64, 16), 16), {}),
     ],
     "_linear_nf4_grad_x": [
         ((x_of(3, 6), *weight(), 32, 64), {}),

@@ -171,6 +171,39 @@ struct Avx2Path {
   }
 
   static void fence() { _mm_sfence(); }
+
+  // A difference is rounded to float32 once; squares of float32 are exact in float64, fused or not.
+  struct Survey {
+    __m256d sum[4], square[4], error[4];
+    Survey() {
+      for (int quarter = 0; quarter < 4; ++quarter)
+        sum[quarter] = square[quarter] = error[quarter] = _mm256_setzero_pd();
+    }
+    template <typename T>
+    void add(const T* w, const float* decoded) {
+      for (int half = 0; half < 2; ++half) {
+        const __m256 exact = load(w + 8 * half);
+        const __m256 difference = _mm256_sub_ps(exact, _mm256_loadu_ps(decoded + 8 * half));
+        for (int part = 0; part < 2; ++part) {
+          const int quarter = 2 * half + part;
+          const __m256d value = widened(exact, part), lost = widened(difference, part);
+          sum[quarter] = _mm256_add_pd(sum[quarter], _mm256_andnot_pd(_mm256_set1_pd(-0.0), value));
+          square[quarter] = _mm256_fmadd_pd(value, value, square[quarter]);
+          error[quarter] = _mm256_fmadd_pd(lost, lost, error[quarter]);
+        }
+      }
+    }
+    static __m256d widened(__m256 x, int part) {
+      return _mm256_cvtps_pd(part == 0 ? _mm256_castps256_ps128(x) : _mm256_extractf128_ps(x, 1));
+    }
+    void store(double* sums, double* squares, double* errors) const {
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        _mm256_storeu_pd(sums + 4 * quarter, sum[quarter]);
+        _mm256_storeu_pd(squares + 4 * quarter, square[quarter]);
+        _mm256_storeu_pd(errors + 4 * quarter, error[quarter]);
+      }
+    }
+  };
 };
 
 struct Avx2Floats {

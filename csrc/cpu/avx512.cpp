@@ -161,6 +161,34 @@ struct Avx512Path {
   }
 
   static void fence() { _mm_sfence(); }
+
+  // A difference is rounded to float32 once; squares of float32 are exact in float64, fused or not.
+  struct Survey {
+    __m512d sum[2], square[2], error[2];
+    Survey() {
+      for (int half = 0; half < 2; ++half) sum[half] = square[half] = error[half] = _mm512_setzero_pd();
+    }
+    template <typename T>
+    void add(const T* w, const float* decoded) {
+      const __m512 exact = load(w, 0xffff), difference = _mm512_sub_ps(exact, _mm512_loadu_ps(decoded));
+      for (int half = 0; half < 2; ++half) {
+        const __m512d value = widened(exact, half), lost = widened(difference, half);
+        sum[half] = _mm512_add_pd(sum[half], _mm512_abs_pd(value));
+        square[half] = _mm512_fmadd_pd(value, value, square[half]);
+        error[half] = _mm512_fmadd_pd(lost, lost, error[half]);
+      }
+    }
+    static __m512d widened(__m512 x, int half) {
+      return _mm512_cvtps_pd(half == 0 ? _mm512_castps512_ps256(x) : _mm512_extractf32x8_ps(x, 1));
+    }
+    void store(double* sums, double* squares, double* errors) const {
+      for (int half = 0; half < 2; ++half) {
+        _mm512_storeu_pd(sums + 8 * half, sum[half]);
+        _mm512_storeu_pd(squares + 8 * half, square[half]);
+        _mm512_storeu_pd(errors + 8 * half, error[half]);
+      }
+    }
+  };
 };
 
 struct Avx512Floats {

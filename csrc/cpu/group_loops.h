@@ -3,6 +3,9 @@
 //   encode_pairs(const T* w, count, scale, packed)        an even count of columns, from an even column on
 //   decode_pairs<Stores>(packed, count, scale, T* out)    likewise
 //   fence()                                               after stores past the caches
+//   Survey                                                running sums, with
+//     add(const T* w, const float* decoded)               kSurveyLanes columns
+//     store(double* sum, double* square, double* error)   of each lane
 // This header is included inside a path's target region: the loops are then compiled for that path, and being
 // templates over a local type, they stay in its object file.
 #pragma once
@@ -66,6 +69,37 @@ void decode_columns(const uint8_t* packed, const float* scales, int64_t first, i
   if constexpr (kPastCaches) Path::fence();
 }
 
+template <class Path, typename T>
+RowSurvey survey_row(const T* w, const uint8_t* packed, const float* scales, int64_t columns, int64_t group_size) {
+  constexpr int64_t kPart = 512;  // columns that are decoded at once, into the nearest cache
+  alignas(64) float decoded[kPart];
+  typename Path::Survey survey;
+  uint32_t largest = 0;
+  for (int64_t first = 0; first < columns; first += kPart) {
+    const int64_t count = std::min(kPart, columns - first);
+    decode_columns<Path, Stores::kCached>(packed, scales, first, first + count, group_size, decoded);
+    largest = nf4::larger(largest, Path::absmax_bits(w + first, count));
+    int64_t i = 0;
+    for (; i + kSurveyLanes <= count; i += kSurveyLanes) survey.add(w + first + i, decoded + i);
+    if (i == count) continue;
+    float last[kSurveyLanes] = {}, last_decoded[kSurveyLanes] = {};
+    for (int64_t lane = 0; i < count; ++i, ++lane) {
+      last[lane] = nf4::to_float(w[first + i]);
+      last_decoded[lane] = decoded[i];
+    }
+    survey.add(last, last_decoded);
+  }
+  double lanes[3][kSurveyLanes];
+  survey.store(lanes[0], lanes[1], lanes[2]);
+  RowSurvey found{static_cast<double>(nf4::float_of(largest)), 0, 0, 0};
+  for (int64_t lane = 0; lane < kSurveyLanes; ++lane) {
+    found.sum += lanes[0][lane];
+    found.square += lanes[1][lane];
+    found.squared_error += lanes[2][lane];
+  }
+  return found;
+}
+
 template <class Path>
 constexpr Kernels kernels_of_path(const LinearKernels<float>& linear) {
   return {
@@ -79,6 +113,10 @@ constexpr Kernels kernels_of_path(const LinearKernels<float>& linear) {
       &decode_columns<Path, Stores::kPastCaches, float>,
       &decode_columns<Path, Stores::kPastCaches, BFloat16>,
       &decode_columns<Path, Stores::kPastCaches, Float16>,
+      &survey_row<Path, float>,
+      &survey_row<Path, double>,
+      &survey_row<Path, BFloat16>,
+      &survey_row<Path, Float16>,
       linear,
   };
 }

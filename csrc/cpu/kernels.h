@@ -34,6 +34,19 @@ using Decode = void (*)(const uint8_t* packed, const float* scales, int64_t firs
 enum class Stores { kCached, kPastCaches };
 inline constexpr int64_t kPastCachesColumns = 32;
 
+// What a row of weights and its NF4 form say about each other. largest and sum are of the magnitudes, in float32 and
+// float64; the squares are of w and of w minus what is decoded, in float64. A float64 w is first rounded to float32.
+struct RowSurvey {
+  double largest, sum, square, squared_error;
+};
+
+// Surveys one row; the same promises as for Encode, of which packed and scales are the result. The sums are the same to
+// the bit on every path: a column is added in float64 to one of kSurveyLanes running sums, which are added at the end.
+template <typename T>
+using Survey = RowSurvey (*)(const T* w, const uint8_t* packed, const float* scales, int64_t columns,
+                             int64_t group_size);
+inline constexpr int64_t kSurveyLanes = 16;
+
 // --- the linear layer: y = x W^T, W packed ---
 //
 // A kernel reads four runs of rows side by side, one row of each at a time: memory serves four streams that lie apart
@@ -120,8 +133,20 @@ struct Kernels {
   Decode<float> decode_float32_past_caches;
   Decode<BFloat16> decode_bfloat16_past_caches;
   Decode<Float16> decode_float16_past_caches;
+  Survey<float> survey_float32;
+  Survey<double> survey_float64;
+  Survey<BFloat16> survey_bfloat16;
+  Survey<Float16> survey_float16;
   LinearKernels<float> linear;
 };
+
+template <typename T>
+Survey<T> survey_kernel(const Kernels& kernels) {
+  if constexpr (std::is_same_v<T, float>) return kernels.survey_float32;
+  if constexpr (std::is_same_v<T, double>) return kernels.survey_float64;
+  if constexpr (std::is_same_v<T, BFloat16>) return kernels.survey_bfloat16;
+  if constexpr (std::is_same_v<T, Float16>) return kernels.survey_float16;
+}
 
 template <typename T>
 Encode<T> encode_kernel(const Kernels& kernels) {

@@ -1,4 +1,7 @@
 // The plain path: runs anywhere, and is what the other paths must equal bit for bit.
+#include <algorithm>
+#include <cmath>
+
 #include "csrc/cpu/group_loops.h"
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/linear_loops.h"
@@ -23,6 +26,25 @@ struct ScalarPath {
     nf4::decode_pairs(packed, count, scale, nf4::kCodebook.level, out);
   }
   static void fence() {}
+
+  struct Survey {
+    double sum[kSurveyLanes] = {}, square[kSurveyLanes] = {}, error[kSurveyLanes] = {};
+    template <typename T>
+    void add(const T* w, const float* decoded) {
+      for (int64_t lane = 0; lane < kSurveyLanes; ++lane) {
+        const float exact = nf4::to_float(w[lane]);
+        const auto value = static_cast<double>(exact), difference = static_cast<double>(exact - decoded[lane]);
+        sum[lane] += std::fabs(value);
+        square[lane] += value * value;
+        error[lane] += difference * difference;
+      }
+    }
+    void store(double* sums, double* squares, double* errors) const {
+      std::copy_n(sum, kSurveyLanes, sums);
+      std::copy_n(square, kSurveyLanes, squares);
+      std::copy_n(error, kSurveyLanes, errors);
+    }
+  };
 };
 
 // Eight lanes in plain C++: one running float32 sum over thousands of columns would lose digits.

@@ -209,6 +209,7 @@ TORCH_LIBRARY_IMPL(squish, Autograd, m) {
   m.impl("quantize_nf4", torch::CppFunction::makeFallthrough());
   m.impl("dequantize_nf4", torch::CppFunction::makeFallthrough());
   m.impl("dequantize_nf4.out", &dequantize_nf4_out);
+  m.impl("_survey_nf4", torch::CppFunction::makeFallthrough());
   m.impl("linear_nf4", &linear_nf4);
   m.impl("_linear_nf4_grad_x", &linear_nf4_grad_x);
 }

@@ -88,6 +88,19 @@ inline void check_packed(const char* op, const Tensor& packed, const Tensor& sca
                     d / group_size);
 }
 
+// w, and what quantize_nf4 makes of it.
+inline void check_survey(const Tensor& w, const Tensor& packed, const Tensor& scales, int64_t group_size) {
+  constexpr auto op = "_survey_nf4";
+  check_same_device(op, "packed", packed, "w", w);
+  TORCH_CHECK_TYPE(is_weight_dtype(w.scalar_type()), op, ": w must be float32, bfloat16, float16 or float64, got ",
+                   name_of(w.scalar_type()));
+  check_packed(op, packed, scales, group_size);
+  const c10::SymInt n = packed.sym_size(0), d = packed.sym_size(1) * 2;
+  TORCH_CHECK_VALUE(w.dim() == 2, op, ": w must be 2-D (rows, columns), got ", w.dim(), "-D");
+  SQUISH_CHECK_SIZE(w.sym_size(0).sym_eq(n).sym_and(w.sym_size(1).sym_eq(d)), op, ": w has shape ", w.sym_sizes(),
+                    " but packed holds ", n, " rows and ", d, " columns");
+}
+
 inline void check_dequantize(const Tensor& packed, const Tensor& scales, int64_t group_size,
                              std::optional<at::ScalarType> dtype) {
   check_packed("dequantize_nf4", packed, scales, group_size);

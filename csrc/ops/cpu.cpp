@@ -58,12 +58,42 @@ Tensor& dequantize_nf4_out(const Tensor& packed, const Tensor& scales, int64_t g
   return out;
 }
 
+// (n, 4) float64: of each row the largest magnitude, the sum of magnitudes, the squared norm, and that of what is lost.
+Tensor survey_nf4(const Tensor& weight, const Tensor& packed, const Tensor& scales, int64_t group_size) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  check_survey(weight, packed, scales, group_size);
+  const cpu::Kernels& kernels = *selected().kernels;
+  const Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
+  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  const int64_t n = w.size(0), d = w.size(1), groups = scale.size(1);
+  Tensor result = at::empty({n, 4}, w.options().dtype(at::kDouble));
+  with_weight_type(w.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* values = static_cast<const T*>(w.const_data_ptr());
+    const uint8_t* byte = bytes.const_data_ptr<uint8_t>();
+    const float* factor = scale.const_data_ptr<float>();
+    double* out = result.mutable_data_ptr<double>();
+    parallel_for(0, n, std::max<int64_t>(1, kColumnsPerThread / std::max<int64_t>(d, 1)),
+                 [&](int64_t begin, int64_t end) {
+                   const cpu::DefaultFloatEnvironment environment;
+                   for (int64_t row = begin; row < end; ++row) {
+                     const cpu::RowSurvey found = cpu::survey_kernel<T>(kernels)(
+                         values + row * w.stride(0), byte + row * (d / 2), factor + row * groups, d, group_size);
+                     const double numbers[] = {found.largest, found.sum, found.square, found.squared_error};
+                     std::copy_n(numbers, 4, out + 4 * row);
+                   }
+                 });
+  });
+  return result;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(squish, CPU, m) {
   m.impl("quantize_nf4", &quantize_nf4);
   m.impl("dequantize_nf4", &dequantize_nf4);
   m.impl("dequantize_nf4.out", &dequantize_nf4_out);
+  m.impl("_survey_nf4", &survey_nf4);
 }
 
 }  // namespace squish::ops

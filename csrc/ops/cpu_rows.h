@@ -15,6 +15,8 @@ namespace squish::ops {
 
 using at::Tensor;
 
+inline constexpr int64_t kColumnsPerThread = 32768;  // below this a second thread costs more than it saves
+
 // The selected path; refuses to compute anything if SQUISH_NF4_ISA asks for one that is not there.
 inline const cpu::Selection& selected() {
   const cpu::Selection& selection = cpu::selection();
@@ -26,7 +28,6 @@ inline const cpu::Selection& selected() {
 // multiple of lcm(2, group_size) columns; it may pass the end of a row only if `contiguous`.
 template <typename Run>
 void for_each_stretch(int64_t n, int64_t d, int64_t group_size, bool contiguous, const Run& run) {
-  constexpr int64_t kColumnsPerThread = 32768;  // below this a second thread costs more than it saves
   if (n == 0 || d == 0) return;
   const int64_t block = std::lcm(int64_t{2}, group_size);
   const int64_t row_blocks = contiguous ? n * (d / block) : d / block;
@@ -68,7 +69,7 @@ inline void decode_matrix(const cpu::Kernels& kernels, const Tensor& packed, con
 // Decodes columns [first, first + tile.size(1)) of all rows into `tile`, contiguous; both numbers are even.
 inline void decode_column_tile(const cpu::Kernels& kernels, const Tensor& packed, const Tensor& scales,
                                int64_t group_size, int64_t first, const Tensor& tile) {
-  constexpr int64_t kColumnsPerThread = 32768, kRowsAhead = 8;
+  constexpr int64_t kRowsAhead = 8;
   const int64_t row_bytes = packed.size(1), groups = scales.size(1), count = tile.size(1);
   const uint8_t* bytes = packed.const_data_ptr<uint8_t>();
   const float* scale = scales.const_data_ptr<float>();

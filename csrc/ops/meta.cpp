@@ -38,6 +38,11 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
   return at::empty_symint(with_last_dim(dy, std::move(d)), dy.options());
 }
 
+Tensor survey_nf4(const Tensor& w, const Tensor& packed, const Tensor& scales, int64_t group_size) {
+  check_survey(w, packed, scales, group_size);
+  return at::empty_symint({w.sym_size(0), c10::SymInt(4)}, w.options().dtype(at::kDouble));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(squish, Meta, m) {
@@ -45,6 +50,7 @@ TORCH_LIBRARY_IMPL(squish, Meta, m) {
   m.impl("dequantize_nf4", &dequantize_nf4);
   m.impl("dequantize_nf4.out", &dequantize_nf4_out);
   m.impl("linear_nf4", &linear_nf4);
+  m.impl("_survey_nf4", &survey_nf4);
   m.impl("_linear_nf4_grad_x", &linear_nf4_grad_x);
 }
 

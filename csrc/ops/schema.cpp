@@ -18,5 +18,6 @@ TORCH_LIBRARY(squish, m) {
       "dequantize_nf4.out(Tensor packed, Tensor scales, int group_size=32, *, Tensor(a!) out) -> "
       "Tensor(a!)" SQUISH_OUT_TAGS);
   m.def("linear_nf4(Tensor x, Tensor packed, Tensor scales, Tensor? bias=None, int group_size=32) -> Tensor");
+  m.def("_survey_nf4(Tensor w, Tensor packed, Tensor scales, int group_size) -> Tensor");
   m.def("_linear_nf4_grad_x(Tensor dy, Tensor packed, Tensor scales, int group_size, SymInt d) -> Tensor");
 }
