@@ -1,9 +1,10 @@
 # One command each; all but `clean` first set up .venv (scripts/setup.sh), which costs seconds when it is up to date.
-.PHONY: help setup demo test compatibility lint format bench clean
+.PHONY: help setup demo test fuzz compatibility lint format bench clean
 
 help:
-	@echo "make demo    quantize a real sentence model, compare it with the dense one, convert its checkpoint"
+	@echo "make demo    quantize a real sentence model, compare it with the dense one, convert, verify, inspect"
 	@echo "make test    the whole test suite"
+	@echo "make fuzz    the readers under a coverage-guided fuzzer (a minute each of four targets; FUZZ_ARGS=--seconds=600)"
 	@echo "make compatibility  build and test with every torch and compiler of noxfile.py (an hour, 40 GB)"
 	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
 	@echo "make format  let ruff and clang-format rewrite the sources"
@@ -19,6 +20,9 @@ demo: setup
 
 test: setup
 	@.venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+fuzz: setup
+	@scripts/fuzz.sh $(FUZZ_ARGS)
 
 compatibility: setup
 	.venv/bin/nox $(NOX_ARGS)

@@ -23,6 +23,7 @@ TABLES: dict[str, tuple[tuple[str, ...], str]] = {
     "overhead": (("what", "isa"), "dtype"),
     "model": (("what", "threads", "isa"), "dtype"),
     "conversion": (("what", "threads", "isa"), "dtype"),
+    "checkpoint": (("what", "threads", "isa"), "dtype"),
     "imports": (("what",), "place"),
 }
 TITLES = {
@@ -32,6 +33,7 @@ TITLES = {
     "overhead": "What a call costs",
     "model": "A whole model",
     "conversion": "quantize_model",
+    "checkpoint": "squish-nf4 convert",
     "imports": "Import",
 }
 HEAD = """# Benchmarks

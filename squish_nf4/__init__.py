@@ -32,17 +32,22 @@ batching.register()
 
 if TYPE_CHECKING:
     from squish_nf4.checkpoint.convert import convert, quantize_tensor
-    from squish_nf4.checkpoint.npy_dir import load_npy_dir
+    from squish_nf4.checkpoint.fill import LoadReport, load_into
+    from squish_nf4.checkpoint.reader import iter_npy_dir, load_npy_dir
     from squish_nf4.torchscript import export_torchscript
 
 _LAZY = {
     "convert": "squish_nf4.checkpoint.convert",
     "quantize_tensor": "squish_nf4.checkpoint.encode",
-    "load_npy_dir": "squish_nf4.checkpoint.npy_dir",
+    "LoadReport": "squish_nf4.checkpoint.fill",
+    "load_into": "squish_nf4.checkpoint.fill",
+    "iter_npy_dir": "squish_nf4.checkpoint.reader",
+    "load_npy_dir": "squish_nf4.checkpoint.reader",
     "export_torchscript": "squish_nf4.torchscript",
 }
 
 __all__ = [
+    "LoadReport",
     "NF4Linear",
     "NF4Packer",
     "QuantizeReport",
@@ -53,8 +58,10 @@ __all__ = [
     "dequantize_model",
     "dequantize_nf4",
     "export_torchscript",
+    "iter_npy_dir",
     "library_path",
     "linear_nf4",
+    "load_into",
     "load_npy_dir",
     "pick_group_size",
     "quantize_model",

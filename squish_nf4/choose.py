@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -83,6 +83,47 @@ def choose(
     return list(chosen.values()), [LeftAlone(name, reason) for name, reason in left_alone.items()], notes
 
 
+def replaceable(model: nn.Module, in_nf4: Callable[[str], bool]) -> tuple[list[Candidate], dict[str, str]]:
+    """The linear layers that are in NF4 already, where they come from, and that NF4Linear can stand for.
+
+    Nobody's preference counts here, as it does in choose: an output head in NF4 stays in NF4.
+
+    Args:
+        in_nf4: whether the weight of this name is.
+
+    Returns:
+        The layers, and {weight: why it has to be dense in this model} of the other ones.
+    """
+    linears: dict[int, Candidate] = {}
+    for parent, attribute, name, module in children(model):
+        if isinstance(module, nn.Linear) and not isinstance(module, NF4Linear):
+            linears.setdefault(id(module), Candidate(module, [])).places.append((parent, attribute, name))
+    wanted = {
+        id(candidate.module._parameters.get("weight"))  # shared by a layer whose own name nobody stored
+        for candidate in linears.values()
+        if any(in_nf4(f"{name}.weight") for _, _, name in candidate.places)
+    }
+    in_float32 = _kept_in_float32(model)
+    chosen: dict[int, Candidate] = {}
+    dense: dict[str, str] = {}
+    for key, candidate in linears.items():
+        names = [name for _, _, name in candidate.places]
+        if id(candidate.module._parameters.get("weight")) not in wanted:
+            continue
+        holder = _float32_holder(names, in_float32)
+        reason = f"{holder} keeps it in float32" if holder else _reason_in_place(candidate)
+        if reason is None:
+            chosen[key] = candidate
+        else:
+            dense |= dict.fromkeys((f"{name}.weight" for name in names), reason)
+    holders = {key: _foreign_holder(model, candidate, chosen) for key, candidate in chosen.items()}
+    for key, foreign in holders.items():
+        if foreign is not None:
+            places = chosen.pop(key).places
+            dense |= {f"{name}.weight": f"it is tied to {foreign}" for _, _, name in places}
+    return list(chosen.values()), dense
+
+
 def _owns_matrix(module: nn.Module) -> bool:
     parameters = [p for p in module.parameters(recurse=False) if not is_lazy(p)]
     return any(p.is_floating_point() and p.dim() >= 2 for p in parameters)
@@ -125,15 +166,23 @@ def _reason_to_leave(
         return "only does not name it"
     if only is None and any(name.split(".")[-1] in OUTPUT_HEADS for name in names):
         return "an output head; name it in only to quantize it"
-    for pattern, holder in in_float32.items():
-        if only is None and any(_matches(name, [pattern]) for name in names):
-            return f"{holder} keeps it in float32; name it in only to quantize it"
+    if only is None and (holder := _float32_holder(names, in_float32)):
+        return f"{holder} keeps it in float32; name it in only to quantize it"
+    return _reason_in_place(candidate)
+
+
+def _float32_holder(names: list[str], in_float32: dict[str, str]) -> str | None:
+    return next((holder for pattern, holder in in_float32.items() if any(_matches(n, [pattern]) for n in names)), None)
+
+
+def _reason_in_place(candidate: Candidate) -> str | None:
+    """Why NF4Linear could not stand where this layer does."""
     for parent, attribute, _ in candidate.places:
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight itself"
         if isinstance(parent, nn.TransformerEncoderLayer) and attribute in ("linear1", "linear2"):
             return "the fast path of nn.TransformerEncoderLayer reads its weight itself"
-    return _reason_in_layer(module)
+    return _reason_in_layer(candidate.module)
 
 
 def _reason_in_layer(module: nn.Linear) -> str | None:

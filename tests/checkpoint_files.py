@@ -37,6 +37,19 @@ def raw_shard(path: Path, *, names: tuple[str, ...] = ("a",), dtype: str = "F32"
     return path
 
 
+def raw_shard_of(path: Path, part: Tensor, *, copies: int) -> Path:
+    """A file of one tensor "w": part (rows, d) so many times, one below the other, never in memory as a whole."""
+    dtype = {torch.float32: "F32", torch.bfloat16: "BF16"}[part.dtype]
+    shape = [copies * part.shape[0], part.shape[1]]
+    header = {"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, copies * part.nbytes]}}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _ in range(copies):
+            file.write(part.view(torch.uint8).numpy().data)
+    return path
+
+
 def write_foreign_dir(path: Path, arrays: dict[str, np.ndarray], manifest: dict[str, str]) -> Path:
     """A finished directory as another program writes it: files by stem, no sidecar, no stats."""
     (path / "tensors").mkdir(parents=True)

@@ -287,7 +287,7 @@ def widened(records: Iterable[Record]) -> list[Record]:
 
 
 def test_every_suite_runs_to_a_page(tmp_path: Path) -> None:
-    suites = ["codec", "linear", "backward", "overhead", "growth", "conversion", "imports"]
+    suites = ["codec", "linear", "backward", "overhead", "growth", "conversion", "checkpoint", "imports"]
     run_python(TINY, *suites, *OPTIONS, "--output", tmp_path)
     records = read(tmp_path / "records.jsonl")
     assert {record.case.suite.split()[0] for record in records} == set(suites)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import squish_nf4.checkpoint.convert as convert_module
 from squish_nf4.checkpoint.convert import Progress, convert
-from squish_nf4.checkpoint.npy_dir import load_npy_dir
+from squish_nf4.checkpoint.npy_file import NpyWriter
+from squish_nf4.checkpoint.reader import load_npy_dir
 from tests import reference
 from tests.checkpoint_files import dequantized, gaussian, minilm_directory, raw_shard, save_index, save_shard
 from tests.helpers import require
@@ -111,7 +111,14 @@ def test_the_sidecar_records_every_tensor_and_the_checksum_of_every_file(source,
     report = convert(source, out, outlier_threshold=math.inf, passthrough=["step"])
     sidecar = json.loads((out / "squish_nf4.json").read_bytes().decode("ascii"))
     assert sidecar["format_version"] == 1
-    assert sidecar["options"] == {"group_size": None, "outlier_threshold": None, "passthrough": ["step"]}
+    assert sidecar["options"] == {
+        "group_size": None,
+        "outlier_threshold": None,
+        "passthrough": ["step"],
+        "include": [],
+        "super_weight": False,
+        "ultra": False,
+    }
     for tensor in report.tensors:
         record = sidecar["tensors"][tensor.name]
         assert record["kind"] == tensor.kind
@@ -244,11 +251,68 @@ def test_a_passthrough_that_names_nothing_is_noted(source, tmp_path):
     assert [tensor.reason for tensor in report.tensors if "embed" in tensor.name] == ["on passthrough (embed)"]
 
 
-def test_tied_tensors_are_stored_in_full_under_both_names(tmp_path):
+# Tied tensors
+
+
+def manifest_and_records(out):
+    return json.loads((out / "manifest.json").read_text()), json.loads((out / "squish_nf4.json").read_text())["tensors"]
+
+
+def test_tied_tensors_are_stored_once_and_say_so(tmp_path):
     w = gaussian(4, 64)
-    convert(save_shard(tmp_path / "x.safetensors", {"embed": w, "lm_head": w.clone()}), tmp_path / "out")
-    tensors = load_npy_dir(tmp_path / "out")
-    assert torch.equal(tensors["embed"], tensors["lm_head"])
+    source = save_shard(
+        tmp_path / "x.safetensors", {"embed": w, "lm_head": w.clone(), "other": gaussian(4, 64, seed=1)}
+    )
+    report = convert(source, tmp_path / "out")
+    manifest, records = manifest_and_records(tmp_path / "out")
+    assert manifest == {"embed": "embed", "lm_head": "embed", "other": "other"}
+    assert records["lm_head"] == {**records["embed"], "tied_to": "embed", "files": {}}
+    assert records["embed"]["tied_to"] is None
+    assert [tensor.bytes_out > 0 for tensor in report.tensors] == [True, False, True]
+    assert not list((tmp_path / "out" / "tensors").glob("lm_head*"))
+
+
+UNTIED = {
+    "vectors": [torch.arange(64.0), torch.arange(64.0)],
+    "constants": [torch.ones(4, 64), torch.ones(4, 64)],
+    "of another shape": [gaussian(4, 64), gaussian(4, 64).view(8, 32)],
+    "of another dtype": [gaussian(4, 64).half(), gaussian(4, 64).half().float()],
+    "apart in the last value": [
+        gaussian(64, 64),
+        gaussian(64, 64).index_put((torch.tensor(63), torch.tensor(63)), torch.tensor(2.0)),
+    ],
+    "a zero's sign apart": [torch.eye(2, 64), -(-torch.eye(2, 64)).where(torch.eye(2, 64) != 0, torch.tensor(0.0))],
+    "empty": [torch.ones(0, 64), torch.ones(0, 64)],
+}
+
+
+@pytest.mark.parametrize("what", UNTIED)
+def test_tensors_that_are_equal_by_chance_or_not_quite_are_not_tied(tmp_path, what):
+    a, b = UNTIED[what]
+    report = convert(save_shard(tmp_path / "x.safetensors", {"a": a, "b": b}), tmp_path / "out")
+    assert [tensor.tied_to for tensor in report.tensors] == [None, None]
+    assert len(load_npy_dir(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("name", ["embed", "lm_head"])
+def test_what_is_asked_for_one_name_of_a_tied_tensor_is_done_for_both(tmp_path, name):
+    w = gaussian(4, 64)
+    source = save_shard(tmp_path / "x.safetensors", {"embed": w, "lm_head": w.clone()})
+    kept = convert(source, tmp_path / "kept", passthrough=[name])
+    assert [tensor.reason for tensor in kept.tensors] == [f"on passthrough ({name})"] * 2
+    included = convert(source, tmp_path / "included", outlier_threshold=1.0, include=[name])
+    assert [tensor.kind for tensor in included.tensors] == ["nf4", "nf4"]
+
+
+def test_three_names_of_a_tensor_are_tied_to_the_first_across_shards(tmp_path):
+    w = gaussian(4, 64)
+    for shard in ("1", "2", "3"):
+        save_shard(
+            tmp_path / "source" / f"{shard}.safetensors",
+            {f"w{shard}": w, f"x{shard}": gaussian(4, 64, seed=int(shard))},
+        )
+    report = convert(tmp_path / "source", tmp_path / "out")
+    assert {tensor.name: tensor.tied_to for tensor in report.tensors if tensor.tied_to} == {"w2": "w1", "w3": "w1"}
 
 
 # What is refused before anything is written
@@ -334,7 +398,7 @@ def test_a_non_finite_weight_is_refused_and_what_is_left_is_said(tmp_path):
     w[3, 5] = math.nan
     file = save_shard(tmp_path / "x.safetensors", {"a": gaussian(4, 8), "b.weight": w})
     with pytest.raises(
-        ValueError, match=r"tensor 'b.weight': row 3, column 5 is nan; .*out is left unfinished \(3 files, 0.0 MiB"
+        ValueError, match=r"tensor 'b.weight': row 3, column 5 is nan; .*out is left unfinished, with 1 of 2 tensors"
     ):
         convert(file, tmp_path / "out")
     assert not is_finished(tmp_path / "out")
@@ -348,7 +412,7 @@ def test_a_full_disk_stays_an_os_error_and_says_what_is_left(source, tmp_path, m
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(NpyWriter, "write", full)
     with pytest.raises(OSError, match=r"No space left on device. .*out is left unfinished") as caught:
         convert(source, tmp_path / "out")
     assert caught.value.errno == 28
@@ -360,7 +424,7 @@ def test_an_interrupt_stays_one_and_says_what_is_left(source, tmp_path):
         if progress.bytes_done:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match=r"interrupted. .*out is left unfinished \([1-9]"):
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted. .*out is left unfinished, with [1-9]"):
         convert(source, tmp_path / "out", progress=interrupt)
     assert not is_finished(tmp_path / "out")
 

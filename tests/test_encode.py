@@ -12,14 +12,15 @@ import torch
 from squish_nf4.checkpoint.convert import pick_group_size, quantize_tensor
 from squish_nf4.checkpoint.encode import encode
 from squish_nf4.checkpoint.lossless import smallest_lossless
+from squish_nf4.checkpoint.options import Options
 from tests import reference
 from tests.checkpoint_files import gaussian
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz]
 
 
-def encoded(tensor, name="w", group_size=None, threshold=20.0, passthrough=()):
-    return encode(name, tensor, group_size, threshold, passthrough)
+def encoded(tensor, name="w", group_size=None, threshold=20.0, **options):
+    return encode(name, tensor, Options(group_size, threshold, **options))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +147,17 @@ def test_the_outlier_ratio_is_computed_in_float32():
     assert encoded(w, threshold=float(np.nextafter(ratio, np.float32(0)))).kind == "kept"
 
 
+def test_a_float64_row_below_the_range_of_float32_keeps_its_tensor_and_a_single_such_weight_does_not():
+    w = gaussian(4, 64, dtype=torch.float64)
+    w[1, 1], w[2] = 1e-60, 0
+    assert encoded(w).kind == "nf4"
+    for factor in (1e-60, 1e-40):
+        w[3] = factor * gaussian(64, dtype=torch.float64)
+        kept = encode("w", w, Options(include=["w"]))
+        assert (kept.kind, kept.reason) == ("kept", "holds values beyond float32")
+        assert np.array_equal(kept.arrays["__pt"], w.numpy())
+
+
 def test_rows_beyond_the_first_tile_are_looked_at():
     w = torch.ones(3000, 1024)
     w[2999, 5] = 1000
@@ -163,6 +175,14 @@ def test_a_non_finite_weight_is_refused_with_its_place(value, dtype):
     w[4, 0] = value
     with pytest.raises(ValueError, match=f"tensor 'layer.w': row 3, column 5 is {value}"):
         quantize_tensor("layer.w", w)
+
+
+def test_a_non_finite_weight_is_refused_beside_an_outlier():
+    w = gaussian(3, 64)
+    w[0, 0], w[2, 1] = 1e4, torch.nan
+    with pytest.raises(ValueError, match=r"row 2, column 1 is nan.*no large weight saves.*one on passthrough is kept"):
+        quantize_tensor("w", w)
+    assert quantize_tensor("w", w, passthrough=["w"]).keys() == {"__pt", "__shape"}
 
 
 def test_a_non_finite_weight_is_refused_beside_a_weight_beyond_float32():
@@ -264,6 +284,47 @@ def test_every_code_of_a_float_that_numpy_lacks_comes_back(dtype):
     assert back.float().isnan()[~numbers].all()
 
 
+def with_super_weight(ratio: float) -> torch.Tensor:
+    """Row 1 has max|w| / mean|w| of about ratio, and weights so small that 1e-8 beside their mean is much."""
+    w = torch.ones(2, 4096)
+    w[1, 7] = ratio * 4095 / (4096 - ratio)
+    return w * 1e-9
+
+
+def test_a_super_weight_keeps_the_tensor_if_asked_for():
+    assert encoded(with_super_weight(101)).kind == "nf4"  # by the outlier rule it is none
+    kept = encoded(with_super_weight(101), super_weight=True)
+    assert kept.reason == "super weight in row 1 (max|w| is 101.0 times mean|w|)"
+    assert encoded(with_super_weight(99), super_weight=True).kind == "nf4"
+    assert encoded(with_ratio(900), threshold=math.inf, super_weight=True).reason.startswith("super weight in row 2")
+    assert encoded(torch.zeros(2, 64), super_weight=True).kind == "nf4"
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.mlp.router.weight"])
+def test_routers_are_kept_by_default_unless_included(name):
+    assert encoded(gaussian(8, 64), name=name).reason.startswith("on passthrough (")
+    assert encoded(gaussian(8, 64), name=name, include=["layers.0"]).kind == "nf4"
+    assert encoded(gaussian(8, 64), name="model.layers.0.mlp.gate_proj.weight").kind == "nf4"
+
+
+def test_include_quantizes_in_spite_of_large_weights_and_passthrough_goes_before_it():
+    spiky = with_ratio(900)
+    assert encoded(spiky, super_weight=True, include=["other"]).kind == "kept"
+    assert encoded(spiky, super_weight=True, include=["*w*"]).kind == "nf4"
+    assert encoded(spiky, include=["w"], passthrough=["w"]).reason == "on passthrough (w)"
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_include_quantizes_nothing_that_nf4_cannot_hold(kind):
+    tensor, reason = KEPT[kind]
+    assert re.search(reason, encoded(tensor, include=["w"]).reason)
+
+
+def test_quantize_tensor_takes_the_options_of_a_conversion():
+    assert "__pt" in quantize_tensor("w", with_super_weight(101), super_weight=True)
+    assert "__nf4" in quantize_tensor("w", with_ratio(900), include=["w"])
+
+
 def test_the_relative_error_is_that_of_the_definition():
     w = gaussian(2000, 1024)
     result = encoded(w)
@@ -271,7 +332,6 @@ def test_the_relative_error_is_that_of_the_definition():
     lost = exact - reference.dequantize(result.arrays["__nf4"], result.arrays["__s_nf4"], 32)
     assert result.relative_error == pytest.approx(np.linalg.norm(lost) / np.linalg.norm(exact), rel=1e-12)
     assert result.relative_error == pytest.approx(0.0873, abs=0.001)
-    assert result.bits_per_weight == 5.0
 
 
 def test_zeros_have_no_error():
@@ -286,6 +346,8 @@ def test_zeros_have_no_error():
         ({"outlier_threshold": math.nan}, ValueError, "outlier_threshold must be 0 or more, got nan"),
         ({"passthrough": "lm_head"}, TypeError, "passthrough must be a list of names, got the string 'lm_head'"),
         ({"passthrough": ["a", ""]}, ValueError, "passthrough holds an empty name"),
+        ({"include": "lm_head"}, TypeError, "include must be a list of names, got the string 'lm_head'"),
+        ({"include": [""]}, ValueError, "include holds an empty name"),
     ],
 )
 def test_a_wrong_option_is_refused(options, error, text):

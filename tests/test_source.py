@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from squish_nf4.checkpoint.source import DTYPES, open_source
+from squish_nf4.checkpoint.source import DTYPES, open_source, read_values
 from tests.checkpoint_files import gaussian, raw_shard, save_index, save_shard
 
 
@@ -43,6 +43,14 @@ def test_shards_are_a_source_with_or_without_an_index(tmp_path, indexed):
     assert names(source) == ["a", "b", "c"]
     assert source.notes == []
     assert {entry.name: tensor.shape for entry, tensor in source.tensors()} == {"a": (2, 4), "b": (3,), "c": (4, 2)}
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_shard_that_is_no_file_is_refused_by_name(tmp_path, make):
+    two_shards(tmp_path)
+    make(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x.safetensors is no regular file"):
+        open_source(tmp_path)
 
 
 def test_an_index_of_another_name_is_found(tmp_path):
@@ -168,6 +176,30 @@ def test_every_listed_dtype_is_what_torch_reads(tmp_path, dtype):
     assert (entry.dtype, entry.shape, entry.nbytes) == (tensor.dtype, tuple(tensor.shape), tensor.nbytes)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stretches_of_every_dtype_are_what_torch_reads(tmp_path, dtype):
+    itemsize = DTYPES[dtype].itemsize
+    file = raw_shard(tmp_path / "x.safetensors", names=("a", "b"), dtype=dtype, itemsize=itemsize)
+    raw = bytearray(file.read_bytes())
+    raw[-16 * itemsize :] = bytes(range(16 * itemsize)) if dtype != "BOOL" else bytes([0, 1] * 8)
+    file.write_bytes(raw)
+    for entry, tensor in open_source(file).tensors():
+        flat = tensor.reshape(-1).view(torch.uint8)
+        for first, count in ((0, 8), (3, 4), (7, 1), (2, 0)):
+            read = read_values(entry, first, count)
+            assert read.dtype == tensor.dtype
+            assert torch.equal(read.view(torch.uint8), flat[first * itemsize : (first + count) * itemsize])
+
+
+def test_a_shard_that_changes_while_it_is_read_is_refused(tmp_path):
+    file = save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
+    [entry] = open_source(file).entries
+    for change in (lambda: os.truncate(file, file.stat().st_size - 4), lambda: os.utime(file, (0, 0))):
+        change()
+        with pytest.raises(ValueError, match=r"x.safetensors was changed while it was read"):
+            read_values(entry, 0, 8)
+
+
 @pytest.mark.parametrize(("dtype", "itemsize"), [("F4", 0.5), ("F6_E2M3", 0.75)])
 def test_a_dtype_without_a_numpy_form_is_refused_before_work_starts(tmp_path, dtype, itemsize):
     file = raw_shard(tmp_path / "x.safetensors", dtype=dtype, itemsize=itemsize)
@@ -176,7 +208,7 @@ def test_a_dtype_without_a_numpy_form_is_refused_before_work_starts(tmp_path, dt
 
 
 def test_small_files_are_found_and_the_rest_is_noted_or_hidden(tmp_path, monkeypatch):
-    monkeypatch.setattr("squish_nf4.checkpoint.source.SMALL_FILE", 100)
+    monkeypatch.setattr("squish_nf4.checkpoint.small_files.SMALL_FILE", 100)
     save_shard(tmp_path / "model.safetensors", {"a": gaussian(2, 4)})
     save_shard(tmp_path / "2_Dense" / "model.safetensors", {"a": gaussian(2, 4)})
     for place in (

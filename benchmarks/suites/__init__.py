@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from benchmarks.bench import Options
 from benchmarks.records import Record
-from benchmarks.suites import backward, codec, conversion, growth, imports, linear, model, overhead
+from benchmarks.suites import backward, checkpoint, codec, conversion, growth, imports, linear, model, overhead
 
 SUITES: Mapping[str, Callable[[Options], Iterator[Record]]] = {
     "codec": codec.run,
@@ -16,5 +16,6 @@ SUITES: Mapping[str, Callable[[Options], Iterator[Record]]] = {
     "growth": growth.run,
     "model": model.run,
     "conversion": conversion.run,
+    "checkpoint": checkpoint.run,
     "imports": imports.run,
 }

@@ -1,36 +1,48 @@
-"""A safetensors checkpoint into a squish directory, one tensor in memory at a time.
+"""A safetensors checkpoint into a squish directory, under a memory cap, resumable at any moment.
 
-Everything that headers and names can tell is checked before the first byte is written. Nothing is printed here.
+Everything that headers, names and the disk can tell is checked before the first byte is written. Nothing is printed.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from squish_nf4._version import __version__
-from squish_nf4.checkpoint import npy_dir
-from squish_nf4.checkpoint.encode import (
-    DEFAULT_OUTLIER_THRESHOLD,
-    Encoded,
-    check_options,
-    encode,
-    quantize_tensor,
-)
-from squish_nf4.checkpoint.lossless import dtype_name
-from squish_nf4.checkpoint.names import alike, holds_apart, keys_of, listed, matching
-from squish_nf4.checkpoint.npy_file import StoredFile
-from squish_nf4.checkpoint.report import ConvertReport, Progress, TensorReport, notes_on
-from squish_nf4.checkpoint.source import Entry, Source, open_source
+import torch
+
+from squish_nf4.checkpoint import fingerprint, npy_dir, recovery, removal
+from squish_nf4.checkpoint.budget import DEFAULT_MAX_RAM, share_out
+from squish_nf4.checkpoint.disk import DEFAULT_MIN_FREE_GB, require_room
+from squish_nf4.checkpoint.dry_run import look_at_values
+from squish_nf4.checkpoint.encode import quantize_tensor
+from squish_nf4.checkpoint.journal import JOURNAL, Journal
+from squish_nf4.checkpoint.names import alike, holds_apart, listed
+from squish_nf4.checkpoint.notes import note_alike, note_other_group_sizes, note_unused, notes_on
+from squish_nf4.checkpoint.npy_file import compressor
+from squish_nf4.checkpoint.options import DEFAULT_OUTLIER_THRESHOLD, Options
+from squish_nf4.checkpoint.output import Output
+from squish_nf4.checkpoint.plan import make_plan
+from squish_nf4.checkpoint.report import ConvertReport, Progress, TensorReport
+from squish_nf4.checkpoint.run import Run
+from squish_nf4.checkpoint.source import Source
+from squish_nf4.checkpoint.unfinished import UnfinishedError, saying_what_is_left
 from squish_nf4.layout import pick_group_size
 
-__all__ = ["ConvertReport", "Progress", "TensorReport", "convert", "pick_group_size", "quantize_tensor"]
+__all__ = [
+    "ConvertReport",
+    "Progress",
+    "TensorReport",
+    "UnfinishedError",
+    "convert",
+    "pick_group_size",
+    "quantize_tensor",
+]
 
 SIDECAR_VERSION = 1
 
@@ -42,7 +54,16 @@ def convert(
     group_size: int | None = None,
     outlier_threshold: float = DEFAULT_OUTLIER_THRESHOLD,
     passthrough: Sequence[str] = (),
+    include: Sequence[str] = (),
+    super_weight: bool = False,
+    ultra: bool = False,
+    max_ram: int = DEFAULT_MAX_RAM,
+    min_free_gb: float = DEFAULT_MIN_FREE_GB,
+    resume: bool = False,
+    overwrite: bool = False,
+    delete_source: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    on_tensor: Callable[[TensorReport], None] | None = None,
 ) -> ConvertReport:
     """Convert a checkpoint to NF4: matrices to 4 bits, everything else kept exactly, every choice reported.
 
@@ -52,41 +73,73 @@ def convert(
         dst: a new or empty directory, outside src.
         group_size: for the tensors whose columns it divides; the others, and all if it is None, take pick_group_size.
         outlier_threshold: a tensor is kept if in any row max|w| / (mean|w| + 1e-8) exceeds this; math.inf for never.
-        passthrough: names, parts of names or globs of tensors to keep.
-        progress: called as each tensor begins, and once more when all are done.
+        passthrough: names, parts of names or globs of tensors to keep, besides options.DEFAULT_PASSTHROUGH.
+        include: the same, of tensors that neither those defaults nor a large weight keeps from NF4.
+        super_weight: keep a tensor too if max|w| / mean|w| of a row exceeds 100.
+        ultra: store scales and kept tensors compressed where that makes them smaller.
+        max_ram: bytes of anonymous memory to hold at most, beyond the interpreter and the libraries.
+        min_free_gb: gigabytes (10^9 bytes) to leave free on the disk.
+        resume: go on with an unfinished conversion in dst, if there is one.
+        overwrite: replace an earlier conversion in dst, finished or not.
+        delete_source: remove each shard when its output has been read back from the disk.
+        progress: called as each part of a tensor is waited for, and once more when all are done.
+        on_tensor: called when a tensor is on the disk; not of those that an earlier run had finished.
 
     Returns:
         A report of every tensor, with totals and notes.
 
     Raises:
         FileNotFoundError: src or a shard of it is missing.
-        FileExistsError: dst is not empty.
+        FileExistsError: dst is not empty, and what it holds is not what resume or overwrite is for.
         ValueError: a damaged source, a weight that is not finite, a name that cannot be a file name or collides with
-            another. Once writing has begun, the text says what is left (also of an OSError or a KeyboardInterrupt).
+            another, a source or an option that is not what an unfinished conversion was begun with.
+        OSError: the disk has no room, or fails; UnfinishedError once writing has begun. Then the text of an error, and
+            of a KeyboardInterrupt, says what is left.
     """
     started = time.perf_counter()
-    check_options(group_size, outlier_threshold, passthrough)
     src, dst = Path(src), Path(dst)
+    options = Options(group_size, outlier_threshold, passthrough, include, super_weight, ultra)
     refuse_inside(src, dst)
-    npy_dir.refuse_unless_empty(dst)
-    source = open_source(src)
-    keys = keys_of(entry.name for entry in source.entries)
-
-    npy_dir.create(dst)
-    with saying_what_is_left(dst):
-        notes = source.notes + note_alike(dst, keys) + note_unused(passthrough, keys)
-        tensors: list[TensorReport] = []
-        records: dict[str, Any] = {}
-        for entry, tensor in with_progress(source, progress):
-            fitting = group_size if group_size and entry.shape and entry.shape[-1] % group_size == 0 else None
-            encoded = encode(entry.name, tensor, fitting, outlier_threshold, passthrough)
-            files = npy_dir.write_tensor(dst, keys[entry.name], encoded.arrays)
-            tensors.append(report_on(entry, encoded, files))
-            records[entry.name] = record_of(tensors[-1], files)
-        copied, left = copy_small_files(source, dst)
-        notes += left + notes_on(tensors) + note_other_group_sizes(group_size, tensors)
-        report = ConvertReport(src, dst, tuple(tensors), copied, tuple(notes), time.perf_counter() - started)
-        npy_dir.finish(dst, keys, report.stats(), sidecar(records, group_size, outlier_threshold, passthrough))
+    if ultra:
+        compressor()
+    recovery.refuse_unless_free(dst, resume=resume, overwrite=overwrite)
+    with ExitStack() as stack:
+        journal = None
+        if npy_dir.state_of(dst) is npy_dir.State.UNFINISHED and not overwrite:
+            journal = stack.enter_context(closing(Journal(dst / JOURNAL)))
+        plan = make_plan(src, options, journal)
+        budget = share_out(max_ram, plan.longest_row, torch.get_num_threads())
+        done = {fact["tensor"] for fact in journal.facts if "tensor" in fact} if journal else ()
+        require_room(dst, plan.bytes_taken(delete_source, done) - recovery.bytes_freed(dst, overwrite), min_free_gb)
+        pool = stack.enter_context(ThreadPoolExecutor(budget.workers))
+        if delete_source:
+            removal.refuse_links(plan.source.shards)
+            # A weight that is refused is found before a shard is removed: after that no other options could be tried.
+            unread = [p for p in plan.tensors if p.tied_to is None and p.entry.shard.path.exists()]
+            look_at_values(replace(plan, tensors=unread), pool, budget, lambda _: None)
+        header = fingerprint.header_of(plan.source, options, plan.tied)
+        if journal is not None:
+            output = recovery.resume(dst, journal, header)
+        else:
+            output = stack.enter_context(closing(recovery.begin(dst, header, overwrite=overwrite)))
+        with saying_what_is_left(output, len(plan.tensors)):
+            refuse_alike(output, plan.keys)
+            resumed = len(output.records)
+            run = Run(plan, output, min_free_gb, delete_source, progress, on_tensor)
+            run.write_tensors(pool, budget)
+            copied, left = copy_small_files(plan.source, output)
+            tensors = [TensorReport.from_record(name, output.records[name]) for name in plan.manifest]
+            notes = [
+                *plan.source.notes,
+                *note_alike(plan.keys),
+                *note_unused(options, list(plan.keys)),
+                *left,
+                *notes_on(tensors),
+                *note_other_group_sizes(group_size, tensors),
+            ]
+            seconds = time.perf_counter() - started
+            report = ConvertReport(src, dst, tuple(tensors), resumed, copied, tuple(notes), seconds)
+            output.finish(plan.manifest, report.stats(), sidecar(report, options, output))
     return report
 
 
@@ -95,119 +148,36 @@ def refuse_inside(src: Path, dst: Path) -> None:
         raise ValueError(f"{dst} lies inside the source {src}; convert into a directory outside it")
 
 
-@contextmanager
-def saying_what_is_left(dst: Path) -> Iterator[None]:
-    """What stops the writing says, beside its cause, what it leaves behind."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"interrupted. {npy_dir.describe_unfinished(dst)}") from error
-    except OSError as error:
-        text = f"{error.strerror or error}. {npy_dir.describe_unfinished(dst)}"
-        raise OSError(error.errno, text, error.filename) from error
-    except (ValueError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError  # not a subclass: some take other arguments
-        raise kind(f"{error}. {npy_dir.describe_unfinished(dst)}") from error
-
-
-def with_progress(source: Source, progress: Callable[[Progress], None] | None) -> Iterator[tuple[Entry, Any]]:
-    """The source's tensors, announced one by one."""
-    announce = progress or (lambda _: None)
-    total, done = source.nbytes, 0
-    for entry, tensor in source.tensors():
-        announce(Progress(entry.name, done, total))
-        yield entry, tensor
-        done += entry.nbytes
-    announce(Progress(source.entries[-1].name, total, total))
-
-
-def note_alike(dst: Path, keys: Mapping[str, str]) -> list[str]:
-    """Names that a case-insensitive file system takes for one: refused where that is so, noted where it is not."""
-    groups = alike(keys)
-    for names in groups:
-        if not holds_apart(dst / npy_dir.TENSORS, [keys[name] for name in names]):
+def refuse_alike(output: Output, keys: Mapping[str, str]) -> None:
+    """Names that the output's file system takes for one."""
+    for names in alike(keys):
+        if not holds_apart(output.folder, [keys[name] for name in names]):
             raise ValueError(
-                f"the names of tensors {listed(names)} differ only by case or Unicode form, and {dst} is on a file "
-                "system that would keep one file for them; convert on one that tells them apart, or rename them"
+                f"the names of tensors {listed(names)} differ only by case or Unicode form, and {output.path} is on a "
+                "file system that would keep one file for them; convert on one that tells them apart, or rename them"
             )
-    return [
-        f"names that differ only by case or Unicode form: {listed(names)}; a copy of the directory to a file system "
-        "that ignores the difference (the usual on macOS and Windows) would lose a tensor"
-        for names in groups
-    ]
 
 
-def note_unused(passthrough: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    used = {pattern for name in names for pattern in matching(name, passthrough)}
-    return [f"passthrough {pattern!r} is part of no tensor's name" for pattern in passthrough if pattern not in used]
-
-
-def note_other_group_sizes(group_size: int | None, tensors: Sequence[TensorReport]) -> list[str]:
-    others = [t.name for t in tensors if group_size and t.kind == "nf4" and t.group_size != group_size]
-    return (
-        [f"quantized in groups of another size, for {group_size} does not divide their columns: {listed(others)}"]
-        if others
-        else []
-    )
-
-
-def copy_small_files(source: Source, dst: Path) -> tuple[tuple[str, ...], list[str]]:
-    """(the files copied, notes on those whose names the squish directory needs)."""
+def copy_small_files(source: Source, output: Output) -> tuple[tuple[str, ...], list[str]]:
+    """(the files copied, notes on those whose names are taken)."""
     copied: list[str] = []
     notes: list[str] = []
     for file, place in source.small_files:
         if place.parts[0].lower() in npy_dir.RESERVED:
             notes.append(f"not copied: {place} (a squish directory has its own {place.parts[0].lower()})")
-            continue
-        (dst / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, dst / place)
-        copied.append(place.as_posix())
+        elif output.copy(file, place):
+            copied.append(place.as_posix())
+        else:
+            notes.append(f"not copied: {place} (the output has a file of its own there)")
     return tuple(copied), notes
 
 
-def report_on(entry: Entry, encoded: Encoded, files: Sequence[StoredFile]) -> TensorReport:
-    return TensorReport(
-        name=entry.name,
-        kind=encoded.kind,
-        reason=encoded.reason,
-        source_dtype=dtype_name(entry.dtype),
-        stored_dtype=encoded.stored_dtype,
-        shape=entry.shape,
-        group_size=encoded.group_size,
-        bits_per_weight=encoded.bits_per_weight,
-        bytes_in=entry.nbytes,
-        bytes_out=sum(file.nbytes for file in files),
-        relative_error=encoded.relative_error,
-        finite=encoded.finite,
-    )
-
-
-def record_of(tensor: TensorReport, files: Sequence[StoredFile]) -> dict[str, Any]:
-    """A tensor's entry in squish_nf4.json."""
-    return {
-        "kind": tensor.kind,
-        "reason": tensor.reason,
-        "source_dtype": tensor.source_dtype,
-        "shape": tensor.shape,
-        "group_size": tensor.group_size,
-        "relative_error": tensor.relative_error,
-        "files": {file.name: {"bytes": file.nbytes, "sha256": file.sha256} for file in files},
-    }
-
-
-def sidecar(
-    records: Mapping[str, Any], group_size: int | None, outlier_threshold: float, passthrough: Sequence[str]
-) -> dict[str, Any]:
+def sidecar(report: ConvertReport, options: Options, output: Output) -> dict[str, Any]:
     """squish_nf4.json: no paths and no times, so that the same source and options give the same bytes."""
     return {
         "format_version": SIDECAR_VERSION,
-        "writer": f"squish_nf4 {__version__}",
-        "options": {
-            "group_size": group_size,
-            "outlier_threshold": outlier_threshold
-            if math.isfinite(outlier_threshold)
-            else None,  # JSON has no infinity
-            "passthrough": list(passthrough),
-        },
-        "tensors": records,
+        "writer": fingerprint.WRITER,
+        "options": options.as_json(),
+        "tensors": {tensor.name: output.records[tensor.name] for tensor in report.tensors},
+        "copied": {place: output.copied[place] for place in report.copied},
     }

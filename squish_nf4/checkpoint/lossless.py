@@ -8,9 +8,9 @@ from torch import Tensor
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
-# Elements looked at in one step. Copies in wider types then stay in a cache, and torch keeps to the calling thread: for
-# steps as short as these, waking more threads costs more than they bring.
-TILE = 2**15
+# Elements looked at in one step. Copies in wider types then stay in a cache, and torch keeps to the calling thread: the
+# tiles of a tensor have threads of their own (convert.py).
+BLOCK = 2**15
 
 # Floats that numpy has no type for. Every one of their values is a float32.
 WIDENED = {
@@ -43,14 +43,25 @@ def to_numpy(tensor: Tensor) -> Array:
 
 
 def smallest_lossless(values: Array) -> Array:
-    """values as float16 or float32 if that loses nothing, else as they are; integers, bool and complex as they are."""
-    if values.dtype.kind != "f":
-        return values
-    for dtype in (np.dtype(np.float16), np.dtype(np.float32)):
-        if dtype.itemsize < values.itemsize and survives(values, dtype):
-            with np.errstate(invalid="ignore"):  # a signaling NaN becomes a quiet one
-                return values.astype(dtype)
-    return values
+    """values in their smallest_dtype."""
+    return in_dtype(values, smallest_dtype(values))
+
+
+def smallest_dtype(values: Array) -> np.dtype[np.generic]:
+    """float16 or float32 if that loses nothing, else values' own; integers, bool and complex keep theirs.
+
+    Of a tensor looked at in parts it is the widest of the parts': float16 lies in float32, and that in float64.
+    """
+    if values.dtype.kind == "f":
+        for dtype in (np.dtype(np.float16), np.dtype(np.float32)):
+            if dtype.itemsize < values.itemsize and survives(values, dtype):
+                return dtype
+    return values.dtype
+
+
+def in_dtype(values: Array, dtype: np.dtype[np.generic]) -> Array:
+    with np.errstate(invalid="ignore"):  # a signaling NaN becomes a quiet one
+        return values.astype(dtype, copy=False)
 
 
 def survives(values: Array, dtype: np.dtype[np.generic]) -> bool:
@@ -60,10 +71,10 @@ def survives(values: Array, dtype: np.dtype[np.generic]) -> bool:
     """
     bits = np.dtype(f"u{values.itemsize}")
     flat = values.reshape(-1)
-    for start in range(0, flat.size, TILE):
-        tile = flat[start : start + TILE]
+    for start in range(0, flat.size, BLOCK):
+        block = flat[start : start + BLOCK]
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            back = tile.astype(dtype).astype(values.dtype)
-        if not np.all((back.view(bits) == tile.view(bits)) | (np.isnan(back) & np.isnan(tile))):
+            back = block.astype(dtype).astype(values.dtype)
+        if not np.all((back.view(bits) == block.view(bits)) | (np.isnan(back) & np.isnan(block))):
             return False
     return True

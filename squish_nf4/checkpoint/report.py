@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from squish_nf4.checkpoint.lossless import dtype_named
-from squish_nf4.checkpoint.names import listed
+from squish_nf4.checkpoint.npy_file import StoredFile
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,65 @@ class TensorReport:
     stored_dtype: str  # "nf4", or numpy's name of what it was kept in
     shape: tuple[int, ...]
     group_size: int | None  # None if it was kept
-    bits_per_weight: float  # of the stored values, scales included, file headers not; 0 if it is empty
-    bytes_in: int
-    bytes_out: int  # of its files
     relative_error: float  # ||w - dequantized|| / ||w||; 0 if it was kept, which is exact
+    outlier: float | None  # the largest max|w| / (mean|w| + 1e-8) of a row; None if nobody looked
+    nf4_bytes: int | None  # what its files would take in NF4, of a tensor that a large weight keeps from that
     finite: bool  # False: it was kept with the NaN or infinity it holds
+    tied_to: str | None  # the tensor of the same values that is stored for both
+    files: tuple[StoredFile, ...]  # none if it is tied
+
+    @property
+    def bytes_in(self) -> int:
+        return math.prod(self.shape) * dtype_named(self.source_dtype).itemsize
+
+    @property
+    def bytes_out(self) -> int:
+        """Of its files."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def bytes_saved(self) -> int:
+        """By compressing files."""
+        return sum(file.plain_nbytes - file.nbytes for file in self.files)
+
+    @property
+    def outlier_cost(self) -> int:
+        """Bytes beyond what NF4 would take, of a tensor that a large weight keeps from that; else 0."""
+        return 0 if self.nf4_bytes is None or self.tied_to else self.bytes_out - self.nf4_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the values before compression, scales included, file headers not; 0 if it is empty."""
+        if 0 in self.shape:
+            return 0.0
+        return 4 + 32 / self.group_size if self.group_size else 8.0 * np.dtype(self.stored_dtype).itemsize
+
+    def record(self) -> dict[str, Any]:
+        """Its entry in squish_nf4.json."""
+        fields = {field: getattr(self, field) for field in RECORDED}
+        return {**fields, "shape": list(self.shape), "files": {file.name: file.record() for file in self.files}}
+
+    @classmethod
+    def from_record(cls, name: str, record: Mapping[str, Any]) -> TensorReport:
+        """The inverse of record."""
+        files = tuple(StoredFile.from_record(file, facts) for file, facts in record["files"].items())
+        fields = {field: record[field] for field in RECORDED}
+        return cls(**{**fields, "name": name, "shape": tuple(record["shape"]), "files": files})
+
+
+RECORDED = (
+    "kind",
+    "reason",
+    "source_dtype",
+    "stored_dtype",
+    "shape",
+    "group_size",
+    "relative_error",
+    "outlier",
+    "nf4_bytes",
+    "finite",
+    "tied_to",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +102,7 @@ class ConvertReport:
     source: Path
     output: Path
     tensors: tuple[TensorReport, ...]
+    resumed: int  # of the tensors, those that an earlier run had finished
     copied: tuple[str, ...]  # small files, relative to both directories
     notes: tuple[str, ...]  # what a careful reader would want to know, a sentence each
     seconds: float
@@ -67,6 +122,16 @@ class ConvertReport:
     @property
     def bytes_out(self) -> int:
         return sum(tensor.bytes_out for tensor in self.tensors)
+
+    @property
+    def bytes_saved(self) -> int:
+        """By compressing files."""
+        return sum(tensor.bytes_saved for tensor in self.tensors)
+
+    @property
+    def outlier_cost(self) -> int:
+        """Bytes beyond NF4 of the tensors that a large weight keeps from it."""
+        return sum(tensor.outlier_cost for tensor in self.tensors)
 
     @property
     def ratio(self) -> float:
@@ -94,29 +159,3 @@ class ConvertReport:
             "ratio": round(self.ratio, 4),
             "seconds": round(self.seconds, 3),
         }
-
-
-def notes_on(tensors: Sequence[TensorReport]) -> list[str]:
-    """What the tensors' records say together: kept in a wider type than they had, or kept though not finite."""
-    grown: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-    for tensor in tensors:
-        if grew(tensor):
-            grown[tensor.source_dtype, tensor.stored_dtype].append(tensor.name)
-    notes = [
-        f"kept in {stored}, for numpy has no {source}"
-        f"{' and float16 would lose values' if stored == 'float32' else ''}: {listed(names)}"
-        for (source, stored), names in grown.items()
-    ]
-    if names := [tensor.name for tensor in tensors if tensor.kind == "nf4" and takes_more_bits(tensor)]:
-        notes.append(f"more bits in NF4 than before, for their rows are short; passthrough keeps them: {listed(names)}")
-    if names := [tensor.name for tensor in tensors if not tensor.finite]:
-        notes.append(f"kept with the NaN or infinity they hold: {listed(names)}")
-    return notes
-
-
-def grew(tensor: TensorReport) -> bool:
-    return tensor.kind == "kept" and np.dtype(tensor.stored_dtype).itemsize > dtype_named(tensor.source_dtype).itemsize
-
-
-def takes_more_bits(tensor: TensorReport) -> bool:
-    return tensor.bits_per_weight > 8 * dtype_named(tensor.source_dtype).itemsize

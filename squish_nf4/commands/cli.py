@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from squish_nf4 import __version__
-from squish_nf4.checkpoint.encode import DEFAULT_OUTLIER_THRESHOLD
-from squish_nf4.commands import terminal
-from squish_nf4.fresh_process import TorchScriptError
+from squish_nf4.commands import convert, looking, terminal
+from squish_nf4.commands.errors import errors_in_one_sentence
 
 app = typer.Typer(
     help="Exact 4-bit NF4 weights for PyTorch.",
@@ -21,24 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-@contextmanager
-def errors_in_one_sentence() -> Iterator[None]:
-    """Whatever the user can do something about ends the command with a sentence on stderr and exit code 1."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        terminal.complain(
-            f"this needs the package {error.name}, which is not installed; type: pip install {error.name}"
-        )
-    except (ImportError, OSError, ValueError, TypeError, TorchScriptError) as error:
-        terminal.complain(str(error))
-    except KeyboardInterrupt:
-        terminal.complain("stopped")
-    else:
-        return
-    raise typer.Exit(1)
 
 
 def print_version(wanted: bool) -> None:
@@ -56,78 +35,7 @@ def options(
     pass
 
 
-@app.command()
-def convert(
-    source: Annotated[
-        Path | None,
-        typer.Argument(metavar="IN", help="A .safetensors file, or a model's directory.", show_default=False),
-    ] = None,
-    target: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="A new or empty directory.", show_default=False)
-    ] = None,
-    nf4: Annotated[bool, typer.Option("--nf4", help="Quantize to NF4, 4 bits per weight. Required.")] = False,
-    model_dir: Annotated[
-        Path | None, typer.Option("--model-dir", metavar="IN", help="The same as IN.", show_default=False)
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="OUT", help="The same as OUT.", show_default=False)
-    ] = None,
-    passthrough: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN", help="Keep tensors of this name, part of a name or glob. Repeatable.", show_default=False
-        ),
-    ] = None,
-    outlier_threshold: Annotated[
-        float, typer.Option(min=0, help="Keep a tensor in which max|w| / mean|w| of a row exceeds this; inf for none.")
-    ] = DEFAULT_OUTLIER_THRESHOLD,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Columns that share a scale; without it 32, 16, 8 or 4, as the row allows.", show_default=False
-        ),
-    ] = None,
-) -> None:
-    """Convert a safetensors checkpoint: matrices to 4 bits, all else kept exactly.
-
-    squish-nf4 convert --nf4 IN OUT
-
-    squish-nf4 convert --nf4 --model-dir IN --output OUT
-    """
-    source = one_of("IN", source, "--model-dir", model_dir)
-    target = one_of("OUT", target, "--output", output)
-    if not nf4:
-        raise typer.BadParameter("say what to convert to: --nf4", param_hint="--nf4")
-    with errors_in_one_sentence():
-        import squish_nf4
-
-        with terminal.conversion_progress() as progress:
-            report = squish_nf4.convert(
-                source,
-                target,
-                group_size=group_size,
-                outlier_threshold=outlier_threshold,
-                passthrough=passthrough or (),
-                progress=progress,
-            )
-        terminal.print_conversion(report)
-
-
-def one_of(place: str, positional: Path | None, flag: str, named: Path | None) -> Path:
-    """A path that can be given in two ways and has to be given in exactly one."""
-    if positional is not None and named is not None:
-        raise typer.BadParameter(
-            f"given twice, as {place} ({positional}) and as {flag} ({named}); "
-            "write either IN OUT or --model-dir IN --output OUT",
-            param_hint=place,
-        )
-    path = named if positional is None else positional
-    if path is None:
-        raise typer.BadParameter(
-            f"missing; write either IN OUT or --model-dir IN --output OUT (here {place} or {flag} is not there)",
-            param_hint=place,
-        )
-    return path
+app.command(name="convert")(convert.command)
 
 
 @app.command()
@@ -171,17 +79,18 @@ def export(
 @app.command()
 def demo(
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where the picture and the converted checkpoint go.")
+        Path, typer.Option(metavar="DIR", help="Where the picture, the converted checkpoint and its page go.")
     ] = Path("demo-output"),
 ) -> None:
-    """Quantize a real sentence model, compare it with the dense one, convert its checkpoint."""
+    """Quantize a real sentence model, compare it with the dense one, convert, verify and inspect its checkpoint."""
     with errors_in_one_sentence():
         from squish_nf4.commands import demo, demo_report
 
         report = demo.run(output, step=terminal.step)
         demo_report.print_report(report)
-        if not report.conversion.verified:
-            terminal.complain(f"the converted checkpoint differs from the original in {report.conversion.mismatches}")
+        if not report.conversion.verification.sound:
+            for problem in report.conversion.verification.problems:
+                terminal.complain(problem)
             raise typer.Exit(1)
 
 
@@ -194,3 +103,7 @@ def doctor() -> None:
     doctor_report.print_findings(findings)
     if not findings.healthy:
         raise typer.Exit(1)
+
+
+for command in (looking.verify, looking.inspect, looking.diff):
+    app.command()(command)

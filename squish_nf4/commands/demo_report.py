@@ -7,9 +7,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from squish_nf4 import _C
-from squish_nf4.commands import terminal
+from squish_nf4.checkpoint.inspection import entropy_of
+from squish_nf4.commands import convert_report, terminal
 from squish_nf4.commands.demo import Agreement, Conversion, DemoReport, Floats, Seconds
-from squish_nf4.commands.terminal import duration, size
+from squish_nf4.commands.terminal import count, duration, size
 
 
 def print_report(report: DemoReport) -> None:
@@ -22,15 +23,23 @@ def print_report(report: DemoReport) -> None:
     )
     out.print()
     conversion = report.conversion
-    out.print(terminal.kinds(conversion.report, title="Its checkpoint, as [cyan]squish-nf4 convert --nf4[/] writes it"))
-    out.print(terminal.reasons(conversion.report))
     out.print(
-        f"  Written in {duration(conversion.report.seconds)}, read back in {duration(conversion.read_seconds)}; "
-        f"{verdict(conversion)}"
+        convert_report.kinds(conversion.report, title="Its checkpoint, as [cyan]squish-nf4 convert --nf4[/] writes it")
+    )
+    out.print(convert_report.reasons(conversion.report))
+    out.print(
+        f"  Written in {duration(conversion.report.seconds)}, verified in "
+        f"{duration(conversion.verification.seconds)}: {verdict(conversion)}"
+    )
+    inspection = conversion.inspection
+    out.print(
+        f"  Inspected: {inspection.nf4_bits_per_weight:.2f} bits a weight in NF4, relative RMS error "
+        f"{inspection.relative_rms:.4f}, {entropy_of(inspection.indices):.2f} of 4 index bits used"
     )
     out.print()
     out.print(f"  Picture     [cyan]{escape(str(report.picture))}[/]", soft_wrap=True)
     out.print(f"  Checkpoint  [cyan]{escape(str(conversion.report.output))}[/]", soft_wrap=True)
+    out.print(f"  Its page    [cyan]{escape(str(conversion.page))}[/]", soft_wrap=True)
     out.print(f"  All done in {duration(report.seconds)}.")
 
 
@@ -68,10 +77,10 @@ def times(seconds: Seconds) -> tuple[str, str, str]:
 
 
 def verdict(conversion: Conversion) -> str:
-    report = conversion.report
-    if not conversion.verified:
-        return f"[bold red]{len(conversion.mismatches)} of {len(report.tensors)} tensors are wrong.[/]"
+    found = conversion.verification
+    if not found.sound:
+        return f"[bold red]{count(len(found.problems), 'problem')}.[/]"
     return (
-        f"[green]all {len(report.tensors)} tensors verified[/]: {len(report.quantized)} equal "
-        f"dequantize(quantize(w)), {len(report.kept)} equal the original, bit for bit."
+        f"[green]all {found.tensors} tensors are right[/], {found.requantized} quantized again to the same bytes, "
+        f"{found.equal} equal to the original, {found.checksums} checksums."
     )

@@ -1,0 +1,119 @@
+"""The journal of an unfinished conversion: JSON lines, each on the disk before what it speaks of gets its name.
+
+The first line is the header: what is converted and how. Then come facts, such as {"tensor": ..., "record": ...}. A line
+that was cut short by a crash never was. A journal has one writer at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any, Literal
+
+JOURNAL = "squish_nf4.journal"
+DRAFT = f"{JOURNAL}.part"  # of a new journal, until its header is whole
+
+Line = Mapping[str, Any]
+
+
+class Journal:
+    """An open journal. facts holds what stood in it when it was opened, without the header."""
+
+    def __init__(self, path: Path, file: FileIO | None = None) -> None:
+        """Opens an existing one. ValueError: it is damaged. BlockingIOError: another process has it open.
+
+        file: the open journal, if it is locked already.
+        """
+        self.path = path
+        self.file = file or opened_alone(path, "r+b")
+        try:
+            self.header, *self.facts = self._read()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _read(self) -> list[dict[str, Any]]:
+        self.file.seek(0)
+        text = self.file.readall()
+        whole = text.rfind(b"\n") + 1
+        try:
+            lines = [json.loads(line) for line in text[:whole].splitlines()]
+        except ValueError as error:
+            raise ValueError(f"{self.path} is damaged ({error}); remove the directory to convert anew") from error
+        if not lines or not all(isinstance(line, dict) for line in lines):
+            raise ValueError(f"{self.path} is not the journal of a conversion")
+        self.file.truncate(whole)
+        self.file.seek(whole)
+        return lines
+
+    @staticmethod
+    def create(path: Path, make_header: Callable[[], Line]) -> Journal:
+        """Begins a new one, in place of one that may be there.
+
+        Args:
+            make_header: called when nobody else can begin one here; what it raises leaves all as it was.
+
+        Raises:
+            BlockingIOError: another process is about to begin one.
+        """
+        draft = path.with_name(DRAFT)
+        file = opened_alone(draft, "a+b")
+        try:
+            header = json.dumps(make_header()).encode() + b"\n"
+            file.truncate(0)
+            assert file.write(header) == len(header)
+            sync(draft)
+            draft.replace(path)
+        except BaseException:
+            draft.unlink()
+            file.close()
+            raise
+        sync(path.parent)
+        return Journal(path, file)
+
+    def append(self, facts: Iterable[Line]) -> None:
+        """Returns when the disk has them. If it cannot take them all, it keeps none."""
+        unwritten = memoryview(b"".join(json.dumps(fact).encode() + b"\n" for fact in facts))
+        end = self.file.tell()
+        try:
+            while unwritten:
+                unwritten = unwritten[self.file.write(unwritten) :]
+            os.fsync(self.file.fileno())
+        except BaseException:
+            self.file.truncate(end)
+            self.file.seek(end)
+            raise
+
+    def remove(self) -> None:
+        self.path.unlink()
+        self.close()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def opened_alone(path: Path, mode: Literal["r+b", "a+b"]) -> FileIO:
+    """A file that stays locked until it is closed. BlockingIOError: another process has locked it, or moved it away."""
+    file = path.open(mode, buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError):
+        file.close()
+        raise BlockingIOError(errno.EWOULDBLOCK, f"{path.parent} is being written by another conversion") from None
+    return file
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has a file's bytes, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
