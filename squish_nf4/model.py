@@ -156,14 +156,19 @@ def _quantize(candidate: Candidate, group_size: int, tied: NF4Linear | None) -> 
 
 
 def _relative_rms_error(weight: Tensor, layer: NF4Linear) -> float | None:
-    """Some rows at a time, in memory that is used again: no second dense copy, and nothing leaves the caches."""
     if not may_look(weight):
         return None
+    squared_error, squared_norm = _squares(weight, layer)
+    return (squared_error / squared_norm) ** 0.5 if squared_norm > 0 else 0.0
+
+
+def _squares(weight: Tensor, layer: NF4Linear) -> tuple[float, float]:
+    """The squared norms of what is lost and of the weight. No second dense copy is made."""
     n, d = weight.shape
     if weight.device.type == "cpu" and d == 2 * layer.weight.size(1):  # there, and without padding
         survey = torch.ops.squish._survey_nf4(weight, layer.weight, layer.scales, layer.group_size).sum(0)
-        squared_norm, squared_error = float(survey[2]), float(survey[3])
-        return (squared_error / squared_norm) ** 0.5 if squared_norm > 0 else 0.0
+        return float(survey[3]), float(survey[2])
+    # Some rows at a time, in memory that is used again, so that nothing leaves the caches.
     rows_at_once = max(1, min(n, (1 << 18) // max(1, d)))
     decoded = weight.new_empty((rows_at_once, 2 * layer.weight.size(1)), dtype=torch.float32)
     exact = weight.new_empty((rows_at_once, d), dtype=torch.float32)
@@ -177,7 +182,7 @@ def _relative_rms_error(weight: Tensor, layer: NF4Linear) -> float | None:
         squared_norm += float(values.dot(values))
         w.sub_(decoded[:count, :d])
         squared_error += float(values.dot(values))
-    return (squared_error / squared_norm) ** 0.5 if squared_norm > 0 else 0.0
+    return squared_error, squared_norm
 
 
 def _lost_on_meta(model: nn.Module) -> list[str]:

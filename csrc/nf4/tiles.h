@@ -12,7 +12,7 @@ struct Tiles {
 };
 
 // Cuts n rows of `row_bytes` decoded bytes each so that a tile takes at most `budget_bytes`, but at least one row.
-// The tiles are as equal as they can be, so that the last one is not a sliver.
+// All tiles but the last are equal; with as few tiles, they could not be smaller.
 constexpr Tiles cut_rows(int64_t n, int64_t row_bytes, int64_t budget_bytes) {
   if (n == 0) return {0, 0};
   const int64_t most = std::clamp<int64_t>(budget_bytes / std::max<int64_t>(row_bytes, 1), 1, n);

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from squish_nf4.checkpoint.differences import TILE, Differences, compare_nf4, differing
 from squish_nf4.checkpoint.lossless import WIDENED, dtype_name, to_numpy
+from squish_nf4.checkpoint.rows import row_slices
 from squish_nf4.checkpoint.stored_tensor import StoredTensor
 from squish_nf4.ops import quantize_nf4
 
@@ -29,12 +30,10 @@ def compare_quantized(w: Tensor, stored: StoredTensor) -> str | None:
         return f"is in NF4; the source has {dtype_name(w.dtype)}"
     packed, scales = stored.load_nf4()
     matrix = w.reshape(stored.matrix_shape)
-    step = max(1, TILE // matrix.shape[1])
-    for start in range(0, len(matrix), step):
-        rows = slice(start, start + step)
+    for rows in row_slices(matrix.shape[0], matrix.shape[1], TILE):
         tile = matrix[rows].float() if w.dtype in WIDENED else matrix[rows]
         made = tuple(t.numpy() for t in quantize_nf4(tile, stored.group_size or 1))
-        for found in compare_nf4((packed[rows], scales[rows]), (made[0], made[1]), stored.shape, start):
+        for found in compare_nf4((packed[rows], scales[rows]), (made[0], made[1]), stored.shape, rows.start):
             return describe(found)
     return None
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from squish_nf4 import _C
 from squish_nf4.checkpoint.lossless import Array
+from squish_nf4.checkpoint.rows import row_slices
 
 What = Literal["index", "scale", "value"]
 
@@ -54,12 +55,10 @@ def compare_nf4(
     """
     found = [Differences("index"), Differences("scale")]
     group_size = 2 * a[0].shape[1] // a[1].shape[1]
-    step = max(1, TILE // a[0].shape[1])
-    for start in range(0, len(a[0]), step):
-        rows = slice(start, start + step)
+    for rows in row_slices(len(a[0]), a[0].shape[1], TILE):
         tile_a, tile_b = (a[0][rows], a[1][rows]), (b[0][rows], b[1][rows])
-        compare_indices(tile_a, tile_b, group_size, shape, first_row + start, found[0])
-        compare_scales(tile_a[1], tile_b[1], first_row + start, found[1])
+        compare_indices(tile_a, tile_b, group_size, shape, first_row + rows.start, found[0])
+        compare_scales(tile_a[1], tile_b[1], first_row + rows.start, found[1])
     return [differences for differences in found if differences.count]
 
 

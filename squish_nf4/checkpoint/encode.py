@@ -1,7 +1,7 @@
 """Rows of a checkpoint's tensor in NF4, or the reason to keep the tensor as it is. No files here.
 
-A tensor may come in parts: rows in multiples of rows_per_block, one after the other. What comes out does not depend on
-how it was cut, nor on who looked at which part.
+A tensor may come in parts: rows in multiples of rows_at_once(d, BLOCK), one after the other. What comes out does not
+depend on how it was cut, nor on who looked at which part.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from squish_nf4.checkpoint.lossless import BLOCK, WIDENED, Array, dtype_name, smallest_lossless, to_numpy
 from squish_nf4.checkpoint.names import shorten
 from squish_nf4.checkpoint.options import DEFAULT_OUTLIER_THRESHOLD, Limits, Options
+from squish_nf4.checkpoint.rows import row_slices
 from squish_nf4.layout import pick_group_size
 
 Kind = Literal["nf4", "kept"]
@@ -165,15 +166,10 @@ def relative_error(squares: Sequence[tuple[float, float]]) -> float:
     return math.sqrt(lost / norm) if norm else 0.0
 
 
-def rows_per_block(d: int) -> int:
-    return max(1, BLOCK // max(1, d))
-
-
 def blocks(w: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(place, those rows), few enough that copies in wider types stay small beside the tensor."""
-    step = rows_per_block(w.shape[1])
-    for first in range(0, w.shape[0], step):
-        yield slice(first, min(first + step, w.shape[0])), w[first : first + step]
+    for rows in row_slices(w.shape[0], w.shape[1], BLOCK):
+        yield rows, w[rows]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from squish_nf4.checkpoint.inspectable import Inspectable, list_inspectable
 from squish_nf4.checkpoint.lossless import WIDENED, dtype_name, to_numpy
 from squish_nf4.checkpoint.names import shorten
 from squish_nf4.checkpoint.report import Progress
+from squish_nf4.checkpoint.rows import row_slices
 from squish_nf4.checkpoint.source import open_source
 from squish_nf4.checkpoint.stored_tensor import as_torch
 from squish_nf4.ops import dequantize_nf4
@@ -218,9 +219,7 @@ def measure(item: Inspectable, w: Tensor | None) -> Nf4Numbers:
     matrix = matching_matrix(item, w, (rows, columns))
     errors = GroupErrors(scales.shape)
     indices = np.zeros(16, np.int64)
-    step = max(1, TILE // columns)
-    for start in range(0, rows, step):
-        tile = slice(start, start + step)
+    for tile in row_slices(rows, columns, TILE):
         used = nibbles(packed[tile])
         indices += np.bincount(used.reshape(-1), minlength=16)
         if matrix is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 # Elements looked at in one step. Copies in wider types then stay in a cache, and torch keeps to the calling thread: the
-# tiles of a tensor have threads of their own (convert.py).
+# tiles of a tensor have threads of their own (stream.py).
 BLOCK = 2**15
 
 # Floats that numpy has no type for. Every one of their values is a float32.

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from squish_nf4.checkpoint.disk import peak
-from squish_nf4.checkpoint.encode import group_size_for, reason_to_keep, rows_per_block
+from squish_nf4.checkpoint.encode import group_size_for, reason_to_keep
 from squish_nf4.checkpoint.fingerprint import recall_removed
 from squish_nf4.checkpoint.journal import Journal
 from squish_nf4.checkpoint.lossless import BLOCK, WIDENED, dtype_name
 from squish_nf4.checkpoint.names import keys_of
 from squish_nf4.checkpoint.npy_file import npy_nbytes
 from squish_nf4.checkpoint.options import Limits, Options
+from squish_nf4.checkpoint.rows import rows_at_once
 from squish_nf4.checkpoint.source import Entry, Shard, Source, open_source
 from squish_nf4.checkpoint.tied import find_tied
 
@@ -89,7 +90,7 @@ class Planned:
 
         Of NF4 they hold whole rows, as many as encode.py wants; tile is enough for that (budget.py).
         """
-        unit = BLOCK if self.reason else self.columns * rows_per_block(self.columns)
+        unit = BLOCK if self.reason else self.columns * rows_at_once(self.columns, BLOCK)
         step = max(1, tile // unit) * unit
         return [(first, min(step, self.entry.numel - first)) for first in range(0, max(1, self.entry.numel), step)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from squish_nf4.checkpoint.checksum import sha256_of
 from squish_nf4.checkpoint.journal import JOURNAL, Journal, sync
 from squish_nf4.checkpoint.npy_dir import MANIFEST, READY, SIDECAR, STATS, TENSORS, State, state_of
 from squish_nf4.checkpoint.output import Output, Record, place_file
@@ -187,8 +187,11 @@ def written_before(path: Path, journal: Journal | None) -> Iterator[str]:
                 yield f"{TENSORS}/{name}"
     for name, facts in copied.items():
         file = inside(path, "", name)
-        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == facts["sha256"]:
-            yield name
+        if file.is_file():
+            with file.open("rb") as stream:
+                unchanged = sha256_of(stream) == facts["sha256"]
+            if unchanged:
+                yield name
 
 
 def inside(path: Path, folder: str, name: str) -> Path:

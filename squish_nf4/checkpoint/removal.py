@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from squish_nf4.checkpoint.checksum import sha256_of
 from squish_nf4.checkpoint.journal import sync
 from squish_nf4.checkpoint.names import shorten
-from squish_nf4.checkpoint.output import CHUNK, Output
+from squish_nf4.checkpoint.output import Output
 from squish_nf4.checkpoint.plan import Planned
 from squish_nf4.checkpoint.source import Shard
 
@@ -60,9 +60,6 @@ def verify(folder: Path, records: Collection[Mapping[str, Any]]) -> None:
 
 def sha256_on_disk(file: Path) -> str:
     """Of what the disk gives back, not of the pages that memory still holds of the file."""
-    sha256 = hashlib.sha256()
     with file.open("rb", buffering=0) as reader:
         os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while chunk := reader.read(CHUNK):
-            sha256.update(chunk)
-    return sha256.hexdigest()
+        return sha256_of(reader)

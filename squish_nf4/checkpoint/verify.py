@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from squish_nf4.checkpoint.against_source import compare_with_source
+from squish_nf4.checkpoint.checksum import sha256_of
 from squish_nf4.checkpoint.folder import refuse_outside, require_file
 from squish_nf4.checkpoint.names import listed, shorten
 from squish_nf4.checkpoint.npy_dir import SIDECAR
@@ -20,8 +20,6 @@ from squish_nf4.checkpoint.reader import SquishDirectory, open_leniently
 from squish_nf4.checkpoint.report import Progress
 from squish_nf4.checkpoint.source import Source, open_source
 from squish_nf4.checkpoint.stored_tensor import StoredTensor
-
-BLOCK = 2**20  # bytes read at once
 
 
 @dataclass
@@ -157,14 +155,10 @@ def require_checksum(file: Path, entry: Any) -> None:
     wanted = entry.get("sha256") if isinstance(entry, dict) else None
     if not isinstance(wanted, str):
         raise ValueError(f"{file} has no SHA-256 in {SIDECAR}")
-    sha256 = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            sha256.update(block)
-    if sha256.hexdigest() != wanted:
-        raise ValueError(
-            f"{file} is damaged: its SHA-256 is {sha256.hexdigest()[:12]}..., {SIDECAR} records {wanted[:12]}..."
-        )
+        found = sha256_of(stream)
+    if found != wanted:
+        raise ValueError(f"{file} is damaged: its SHA-256 is {found[:12]}..., {SIDECAR} records {wanted[:12]}...")
 
 
 def check_scales(tensor: StoredTensor, report: VerifyReport) -> None:
