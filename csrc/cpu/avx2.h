@@ -27,10 +27,7 @@ struct Lanes {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), one = _mm256_set1_epi32(1);
     const __m256i is_inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(bytes)), lane);
     inside = _mm256_castsi256_ps(is_inside);
-    // A column d columns after the second group's first belongs to group 1 + floor(d / group_size). Half a column more
-    // keeps the quotients away from whole numbers. Before the second group the floor is -1 however far: a bound on the
-    // distance keeps it exact in float32.
-    const auto to_second = static_cast<int>(std::min<int64_t>(cursor.left, 1 << 20));
+    const int to_second = columns_to_second_group(cursor);
     const __m256 distance =
         _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(lane, lane), _mm256_set1_epi32(to_second)));
     const auto group_of = [&](float further) {

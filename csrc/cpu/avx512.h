@@ -37,10 +37,7 @@ struct Lanes {
     low = first_lanes(groups);
     high = first_lanes(groups - 16);
     inside = first_lanes((cursor.columns - cursor.column) / 2);
-    // A column d columns after the second group's first belongs to group 1 + floor(d / group_size). Half a column more
-    // keeps the quotients away from whole numbers. Before the second group the floor is -1 however far: a bound on the
-    // distance keeps it exact in float32.
-    const auto to_second = static_cast<int>(std::min<int64_t>(cursor.left, 1 << 20));
+    const int to_second = columns_to_second_group(cursor);
     const __m512i lane = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512 distance = _mm512_cvtepi32_ps(_mm512_sub_epi32(lane, _mm512_set1_epi32(to_second)));
     const auto group_of = [&](float further) {

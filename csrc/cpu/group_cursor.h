@@ -42,4 +42,11 @@ static inline int64_t groups_touched(const GroupCursor& cursor, int64_t count) {
   return std::min(touched, cursor.groups - cursor.group);
 }
 
+// For Lanes, which count groups from the cursor's: a column d columns after the second group's first belongs to group
+// 1 + floor(d / group_size). Half a column more keeps the quotients away from whole numbers. Before the second group
+// the floor is -1 however far: a bound on the distance keeps it exact in float32.
+static inline int columns_to_second_group(const GroupCursor& cursor) {
+  return static_cast<int>(std::min<int64_t>(cursor.left, 1 << 20));
+}
+
 }  // namespace squish::cpu
