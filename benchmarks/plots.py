@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.measures import best_path, groups
 from benchmarks.records import COLD, LIMIT, OURS, Record, matching
-from squish_nf4.commands.demo_picture import STYLE
+from squish_nf4.commands.demo.picture import STYLE
 
 # Okabe and Ito's colours, which can be told apart with every kind of colour vision.
 COLOURS = {

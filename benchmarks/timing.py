@@ -12,7 +12,7 @@ import torch
 
 import squish_nf4
 from squish_nf4 import _C
-from squish_nf4.commands.doctor import cpu_model_and_features
+from squish_nf4.doctor.examine import cpu_model_and_features
 
 Call = Callable[[int], object]  # gets the number of the call, so that it can rotate over copies
 

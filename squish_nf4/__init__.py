@@ -20,30 +20,30 @@ except ImportError as reason:
         raise SystemExit(f"squish-nf4: {reason}") from None  # a sentence for its user, not a traceback
     raise
 
-from squish_nf4 import batching
+from squish_nf4 import vmap as batching
 from squish_nf4.decompositions import decompositions
 from squish_nf4.layout import pick_group_size
-from squish_nf4.linear import NF4Linear
 from squish_nf4.model import QuantizeReport, dequantize_model, quantize_model
+from squish_nf4.nn.linear import NF4Linear
+from squish_nf4.nn.packer import NF4Packer
 from squish_nf4.ops import dequantize_nf4, linear_nf4, quantize_nf4
-from squish_nf4.packer import NF4Packer
 
 batching.register()
 
 if TYPE_CHECKING:
-    from squish_nf4.checkpoint.convert import convert, quantize_tensor
-    from squish_nf4.checkpoint.fill import LoadReport, load_into
-    from squish_nf4.checkpoint.reader import iter_npy_dir, load_npy_dir
-    from squish_nf4.torchscript import export_torchscript
+    from squish_nf4.checkpoint.conversion.convert import convert, quantize_tensor
+    from squish_nf4.checkpoint.directory.reader import iter_npy_dir, load_npy_dir
+    from squish_nf4.checkpoint.loading.load_into import LoadReport, load_into
+    from squish_nf4.torchscript.export import export_torchscript
 
 _LAZY = {
-    "convert": "squish_nf4.checkpoint.convert",
-    "quantize_tensor": "squish_nf4.checkpoint.encode",
-    "LoadReport": "squish_nf4.checkpoint.fill",
-    "load_into": "squish_nf4.checkpoint.fill",
-    "iter_npy_dir": "squish_nf4.checkpoint.reader",
-    "load_npy_dir": "squish_nf4.checkpoint.reader",
-    "export_torchscript": "squish_nf4.torchscript",
+    "convert": "squish_nf4.checkpoint.conversion.convert",
+    "quantize_tensor": "squish_nf4.checkpoint.conversion.encode",
+    "LoadReport": "squish_nf4.checkpoint.loading.load_into",
+    "load_into": "squish_nf4.checkpoint.loading.load_into",
+    "iter_npy_dir": "squish_nf4.checkpoint.directory.reader",
+    "load_npy_dir": "squish_nf4.checkpoint.directory.reader",
+    "export_torchscript": "squish_nf4.torchscript.export",
 }
 
 __all__ = [

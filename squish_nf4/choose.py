@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from squish_nf4.linear import NF4Linear
+from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.ops import COMPUTE_DTYPES
 
 OUTPUT_HEADS = ("lm_head", "embed_out")  # quantized only if `only` names them: errors there reach the output directly

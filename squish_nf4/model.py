@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from squish_nf4.choose import Candidate, LeftAlone, as_patterns, children, choose
 from squish_nf4.layout import cheapest_group_size
-from squish_nf4.linear import NF4Linear
+from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.ops import may_look
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import ForcedIsa, require
+from tests.support.helpers import ForcedIsa, require
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 

@@ -23,7 +23,7 @@ from benchmarks.limits import limits
 from benchmarks.peers import Codec, left_out_if_it_fails, peers
 from benchmarks.records import COLD, HOT, LIMIT, OURS, PEER, Case, Record
 from benchmarks.suites.weights import GROUP_SIZE
-from tests import reference
+from tests.support import reference
 
 QUANTIZE, DEQUANTIZE = "quantize", "dequantize"
 OUT, FRESH = "squish_nf4 .out", "squish_nf4"

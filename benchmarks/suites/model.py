@@ -15,8 +15,8 @@ from benchmarks.bench import DTYPES, Candidate, Options, checked, measure, relat
 from benchmarks.peers import left_out_if_it_fails, peers
 from benchmarks.peers.bitsandbytes import BitsAndBytes, linear4bit
 from benchmarks.records import HOT, OURS, PEER, Case, Record
-from squish_nf4.commands import demo
-from squish_nf4.commands.demo_sentences import SENTENCES
+from squish_nf4.commands.demo import run as demo
+from squish_nf4.commands.demo.sentences import SENTENCES
 
 WHAT = "MiniLM, 64 sentences"
 NAME, DENSE = "squish_nf4", "dense torch"

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from squish_nf4 import __version__
-from squish_nf4.commands import convert, looking, terminal
+from squish_nf4.commands import convert, terminal
+from squish_nf4.commands import look as looking
 from squish_nf4.commands.errors import errors_in_one_sentence
 
 app = typer.Typer(
@@ -62,7 +63,8 @@ def export(
     A function returns the model, or the model and example inputs.
     """
     with errors_in_one_sentence():
-        from squish_nf4.commands import export, export_report
+        from squish_nf4.commands import export_report
+        from squish_nf4.integrations import model_source as export
 
         report = export.run(
             source,
@@ -84,7 +86,8 @@ def demo(
 ) -> None:
     """Quantize a real sentence model, compare it with the dense one, convert, verify and inspect its checkpoint."""
     with errors_in_one_sentence():
-        from squish_nf4.commands import demo, demo_report
+        from squish_nf4.commands.demo import print as demo_report
+        from squish_nf4.commands.demo import run as demo
 
         report = demo.run(output, step=terminal.step)
         demo_report.print_report(report)
@@ -97,7 +100,8 @@ def demo(
 @app.command()
 def doctor() -> None:
     """Say what was built and found, and test it."""
-    from squish_nf4.commands import doctor, doctor_report
+    from squish_nf4.commands import print_doctor as doctor_report
+    from squish_nf4.doctor import examine as doctor
 
     findings = doctor.examine()
     doctor_report.print_findings(findings)

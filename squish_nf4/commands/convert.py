@@ -12,10 +12,11 @@ from typing import Annotated
 
 import typer
 
-from squish_nf4.checkpoint.budget import DEFAULT_MAX_RAM
-from squish_nf4.checkpoint.disk import DEFAULT_MIN_FREE_GB
-from squish_nf4.checkpoint.options import DEFAULT_OUTLIER_THRESHOLD
-from squish_nf4.commands import convert_events, convert_report, terminal
+from squish_nf4.checkpoint.conversion.budget import DEFAULT_MAX_RAM
+from squish_nf4.checkpoint.conversion.options import DEFAULT_OUTLIER_THRESHOLD
+from squish_nf4.checkpoint.resources import DEFAULT_MIN_FREE_GB
+from squish_nf4.commands import convert_events, terminal
+from squish_nf4.commands import print_convert as convert_report
 from squish_nf4.commands.errors import errors_in_one_sentence
 
 RESUMABLE = 3
@@ -109,9 +110,9 @@ def command(
     if resume and overwrite:
         raise typer.BadParameter("go on, or start anew: --resume or --overwrite", param_hint="--resume")
     with ending(json):
-        from squish_nf4.checkpoint.convert import convert
-        from squish_nf4.checkpoint.dry_run import dry_run
-        from squish_nf4.checkpoint.options import Options
+        from squish_nf4.checkpoint.conversion.convert import convert
+        from squish_nf4.checkpoint.conversion.dry_run import dry_run
+        from squish_nf4.checkpoint.conversion.options import Options
 
         if only_plan or target is None:
             options = Options(group_size, outlier_threshold, passthrough or (), include or (), super_weight, ultra)
@@ -161,7 +162,7 @@ def one_of(place: str, positional: Path | None, flag: str, named: Path | None) -
 def ending(json: bool) -> Iterator[None]:
     """Gives an error its exit code and, if asked for, its event; the sentence on stderr comes in any case."""
     with errors_in_one_sentence():
-        from squish_nf4.checkpoint.convert import UnfinishedError
+        from squish_nf4.checkpoint.conversion.convert import UnfinishedError
 
         try:
             yield

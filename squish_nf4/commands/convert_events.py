@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from squish_nf4.checkpoint.plan import Plan
-    from squish_nf4.checkpoint.report import ConvertReport, TensorReport
+    from squish_nf4.checkpoint.conversion.plan import Plan
+    from squish_nf4.checkpoint.conversion.report import ConvertReport, TensorReport
 
 
 def emit(event: str, **facts: Any) -> None:

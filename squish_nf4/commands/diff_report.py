@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
-from squish_nf4.checkpoint.diff import DiffReport, TensorDiff
-from squish_nf4.checkpoint.differences import Differences, Place
+from squish_nf4.checkpoint.audit.compare import Differences, Place
+from squish_nf4.checkpoint.audit.diff import DiffReport, TensorDiff
 from squish_nf4.commands import terminal
 from squish_nf4.commands.terminal import count
 

@@ -6,10 +6,10 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from squish_nf4.commands import terminal
-from squish_nf4.commands.export import ExportReport
 from squish_nf4.commands.terminal import size
+from squish_nf4.integrations.model_source import ExportReport
 from squish_nf4.model import QuantizeReport
-from squish_nf4.torchscript import DEPRECATION
+from squish_nf4.torchscript.export import DEPRECATION
 
 
 def print_report(report: ExportReport) -> None:

@@ -1,7 +1,7 @@
 """What a fuzzer calls: functions of any bytes that return where the input was read or refused as it should be.
 
-Anything else (another exception, a promise that does not hold) is a bug. tests/test_fuzzing.py calls them on the seeds
-and on what hypothesis makes; __main__.py lets a coverage-guided fuzzer call them for as long as one likes.
+Anything else (another exception, a promise that does not hold) is a bug. tests/checkpoint/test_fuzzing.py calls them on
+the seeds and on what hypothesis makes; __main__.py lets a coverage-guided fuzzer call them for as long as one likes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 import torch
 import zstandard
 
-from squish_nf4.checkpoint.diff import diff
-from squish_nf4.checkpoint.fill import load_into
-from squish_nf4.checkpoint.inspection import inspect
-from squish_nf4.checkpoint.npy_header import Header, read_header
-from squish_nf4.checkpoint.npy_reader import open_npy
-from squish_nf4.checkpoint.reader import iter_npy_dir, load_npy_dir
-from squish_nf4.checkpoint.verify import verify
-from tests.squish_dirs import write_small_dir
+from squish_nf4.checkpoint.audit.diff import diff
+from squish_nf4.checkpoint.audit.inspection import inspect
+from squish_nf4.checkpoint.audit.verify import verify
+from squish_nf4.checkpoint.directory.npy_header import Header, read_header
+from squish_nf4.checkpoint.directory.npy_reader import open_npy
+from squish_nf4.checkpoint.directory.reader import iter_npy_dir, load_npy_dir
+from squish_nf4.checkpoint.loading.load_into import load_into
+from tests.support.squish_dirs import write_small_dir
 
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 

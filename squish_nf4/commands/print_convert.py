@@ -1,0 +1,155 @@
+"""What ``squish-nf4 convert`` shows on the terminal: a bar while it works, a plan, a summary."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from squish_nf4.commands.terminal import console, count, duration, plain_table, size
+
+if TYPE_CHECKING:
+    from squish_nf4.checkpoint.conversion.convert import Progress as Converting
+    from squish_nf4.checkpoint.conversion.plan import Plan, Planned
+    from squish_nf4.checkpoint.conversion.report import ConvertReport, TensorReport
+
+
+@contextmanager
+def conversion_progress() -> Iterator[Callable[[Converting], None] | None]:
+    """Yields what convert() calls with its progress: a bar on a terminal's stderr, nothing elsewhere."""
+    err = console(stderr=True)
+    if not err.is_terminal:
+        yield None
+        return
+    columns = (
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.description}"),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("")
+
+        def show(progress: Converting) -> None:
+            if bar.tasks[task].total is None:
+                bar.update(task, total=progress.bytes_total)
+                bar.reset(task, completed=progress.bytes_done, total=progress.bytes_total)
+            bar.update(task, description=escape(progress.tensor), completed=progress.bytes_done)
+
+        yield show
+
+
+def print_conversion(report: ConvertReport) -> None:
+    """The summary that `convert` ends with."""
+    out = console()
+    out.print(f"[bold]{escape(str(report.source))}[/] -> [bold]{escape(str(report.output))}[/]", soft_wrap=True)
+    out.print(kinds(report))
+    if report.kept:
+        out.print(reasons(report))
+    if report.worst is not None:
+        out.print(
+            f"  Relative error: mean {report.mean_relative_error:.4f}, "
+            f"worst {report.worst.relative_error:.4f} ({escape(report.worst.name)})"
+        )
+    if report.bytes_saved:
+        out.print(f"  Compressed: {size(report.bytes_saved)} less, without a loss")
+    if tied := [f"{tensor.name} ({tensor.tied_to})" for tensor in report.tensors if tensor.tied_to]:
+        out.print(f"  Tied, stored once: {escape(', '.join(tied))}")
+    if report.copied:
+        out.print(f"  Copied along: {escape(', '.join(report.copied))}")
+    for note in report.notes:
+        out.print(Padding(f"[yellow]Note:[/] {escape(note)}", (0, 0, 0, 2)))
+    out.print(f"  Done in {duration(report.seconds)}{pace(report)}.")
+
+
+def pace(report: ConvertReport) -> str:
+    if report.resumed:
+        return f", after {count(report.resumed, 'tensor')} of an earlier run"
+    return f", {size(report.bytes_in / report.seconds)} of input a second"
+
+
+def print_plan(plan: Plan) -> None:
+    """What `convert --dry-run` prints."""
+    out = console()
+    table = plain_table("tensor", "was", "shape", "becomes", "bits per weight", "before", "after")
+    for column in table.columns[1:4]:
+        column.justify = "left"
+    for planned in plan.tensors:
+        entry = planned.entry
+        table.add_row(
+            escape(entry.name),
+            str(entry.dtype).removeprefix("torch."),
+            " x ".join(map(str, entry.shape)) or "scalar",
+            escape(becomes(planned)),
+            f"{planned.bits_per_weight:.2f}",
+            size(entry.nbytes),
+            size(planned.nbytes),
+        )
+    table.add_section()
+    before, after = plan.source.nbytes, plan.nbytes
+    ratio = f"{before / after:.2f} x smaller"
+    table.add_row(count(len(plan.tensors), "tensor"), "", "", ratio, "", size(before), size(after), style="bold")
+    out.print(table)
+    out.print("  Nothing was written.")
+    for note in plan.source.notes:
+        out.print(Padding(f"[yellow]Note:[/] {escape(note)}", (0, 0, 0, 2)))
+
+
+def becomes(planned: Planned) -> str:
+    if planned.tied_to:
+        return f"stored with {planned.tied_to}"
+    return f"kept: {planned.reason}" if planned.reason else f"NF4, groups of {planned.group_size}"
+
+
+def kinds(report: ConvertReport, title: str | None = None) -> Table:
+    """Tensors and bytes by what became of them."""
+    groups: defaultdict[str, list[TensorReport]] = defaultdict(list)
+    for tensor in sorted(report.tensors, key=lambda tensor: (tensor.kind != "nf4", -(tensor.group_size or 0))):
+        label = f"NF4, groups of {tensor.group_size}" if tensor.kind == "nf4" else "kept exactly"
+        groups[label].append(tensor)
+    table = plain_table("", "tensors", "before", "after", "ratio", "bits per weight", title=title)
+    for label, tensors in groups.items():
+        table.add_row(label, *sums(tensors), f"{tensors[0].bits_per_weight:.2f}" if tensors[0].group_size else "")
+    table.add_section()
+    table.add_row("all", *sums(list(report.tensors)), "", style="bold")
+    return table
+
+
+def sums(tensors: list[TensorReport]) -> tuple[str, str, str, str]:
+    before, after = sum(tensor.bytes_in for tensor in tensors), sum(tensor.bytes_out for tensor in tensors)
+    return str(len(tensors)), size(before), size(after), f"{before / after:.2f} x"
+
+
+def reasons(report: ConvertReport) -> Table:
+    """The kept tensors, grouped by why."""
+    groups: defaultdict[str, list[TensorReport]] = defaultdict(list)
+    for tensor in report.kept:
+        groups[kind_of_reason(tensor.reason or "")].append(tensor)
+    table = plain_table("kept because", "tensors", "bytes", "more than NF4", "which")
+    table.columns[4].justify = "left"
+    for reason, tensors in sorted(groups.items(), key=lambda group: -sum(tensor.bytes_in for tensor in group[1])):
+        names = [tensor.name for tensor in sorted(tensors, key=lambda tensor: -tensor.bytes_in)]
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        table.add_row(
+            escape(reason),
+            str(len(names)),
+            size(sum(t.bytes_out for t in tensors)),
+            size(cost) if (cost := sum(t.outlier_cost for t in tensors)) else "",
+            escape(", ".join(names[:2]) + more),
+        )
+    return table
+
+
+def kind_of_reason(reason: str) -> str:
+    """A reason without what is true of one tensor only: its row, its largest value, its columns."""
+    reason = re.sub(r"^(super weight) in row .*$", r"\1", reason)
+    reason = re.sub(r"^outlier row \d+ \(.*(threshold .*)\)$", r"outlier row (\1)", reason)
+    return re.sub(r"^(odd number of columns) .*$", r"\1", reason)

@@ -1,0 +1,38 @@
+"""The doctor's findings on the terminal."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from squish_nf4.commands import terminal
+from squish_nf4.doctor.examine import Findings, Result
+
+
+def print_findings(findings: Findings) -> None:
+    out = terminal.console()
+    for topic, facts in findings.facts.items():
+        out.print(f"[bold]{escape(topic)}[/]")
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", no_wrap=True, min_width=14)
+        table.add_column(overflow="fold")
+        for name, value in facts.items():
+            table.add_row(escape(name), escape(value))
+        out.print(Padding(table, (0, 0, 1, 2)))
+    out.print("[bold]self-test[/]")
+    for result in findings.results:
+        out.print(f"  {line(result)}", soft_wrap=True)
+    failed = sum(not result.passed for result in findings.results)
+    out.print()
+    if failed:
+        out.print(f"[bold red]{failed} of {len(findings.results)} checks failed.[/]")
+        for sentence in findings.advice:
+            out.print(f"  {escape(sentence)}", soft_wrap=True)
+    else:
+        out.print(f"[green]All {len(findings.results)} checks passed.[/]")
+
+
+def line(result: Result) -> str:
+    mark = "[green]pass[/]" if result.passed else "[bold red]FAIL[/]"
+    return f"{mark}  {result.device:<4}  {escape(result.name):<38}[dim]{escape(result.detail)}[/]"

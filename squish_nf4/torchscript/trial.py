@@ -1,0 +1,70 @@
+"""Runs an exported file in a fresh Python process that never imports squish_nf4."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from squish_nf4._native import library_path
+from squish_nf4.torchscript import trial_program as fresh_run
+from squish_nf4.torchscript.calls import Call, with_tensors
+from squish_nf4.torchscript.trial_program import Leaves
+
+
+class TorchScriptError(RuntimeError):
+    """TorchScript cannot take the model, or what it made of it does not compute what the model computes."""
+
+
+@dataclass(frozen=True)
+class FreshRun:
+    """operators: those of squish that the file calls. outputs: per call the leaves of the result, or the error."""
+
+    operators: tuple[str, ...]
+    outputs: list[Leaves | str]
+
+
+def run_fresh(file: Path, calls: Sequence[Call]) -> FreshRun:
+    """Load a TorchScript file where only the op library is loaded, and call it. Settings are those of this process.
+
+    Calls and results travel in files in the same directory.
+
+    Raises:
+        TorchScriptError: the process failed, or could not load the file.
+    """
+    settings = {
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "grad": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+    }
+    plain_calls = [with_tensors(call, lambda t: t, named=False) for call in calls]  # as its classes are unknown there
+    program = Path(fresh_run.__file__).read_text()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the same torch
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        tasks, results = Path(folder, "tasks"), Path(folder, "results")
+        torch.save({"calls": plain_calls, **settings}, tasks)
+        command = [sys.executable, "-W", "ignore", "-c", program, library_path(), str(file), str(tasks), str(results)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
+        if done.returncode != 0:
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise TorchScriptError(
+                f"export_torchscript: a fresh process with only the op library cannot run the file: {said[-1]}"
+            )
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Validating sparse tensor")
+                found = torch.load(results, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise TorchScriptError(
+                f"export_torchscript: a result of the exported model cannot be compared: {str(error).splitlines()[0]}"
+            ) from None
+    return FreshRun(tuple(found["operators"]), found["outputs"])

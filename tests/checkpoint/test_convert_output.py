@@ -1,0 +1,481 @@
+"""Where a conversion may write, what it replaces and removes, and whether the disk has room."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from squish_nf4.checkpoint import resources as disk
+from squish_nf4.checkpoint.conversion import recovery, removal
+from squish_nf4.checkpoint.conversion.convert import Progress, convert
+from squish_nf4.checkpoint.conversion.journal import Journal
+from squish_nf4.checkpoint.conversion.options import Options
+from squish_nf4.checkpoint.conversion.output import Output
+from squish_nf4.checkpoint.conversion.plan import make_plan
+from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
+from squish_nf4.checkpoint.directory.reader import load_npy_dir
+from tests.support.checkpoint_files import gaussian, save_shard
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    for shard in ("1", "2"):
+        tensors = {f"{shard}.weight": gaussian(64, 256, seed=int(shard)), f"{shard}.bias": gaussian(64)}
+        save_shard(tmp_path / "source" / f"{shard}.safetensors", tensors)
+    (tmp_path / "source" / "config.json").write_text("{}")
+    return tmp_path / "source"
+
+
+class StoppedError(Exception):
+    pass
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def is_finished(path: Path) -> bool:
+    return (path / "tensors" / ".manifest_ready").exists()
+
+
+# A finished directory
+
+
+def test_a_finished_directory_is_refused_and_left_as_it_is(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out")
+    before = files(tmp_path / "out")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="out is a finished squish directory; overwrite replaces it"):
+            convert(source, tmp_path / "out", group_size=64, resume=resume)
+    assert files(tmp_path / "out") == before
+
+
+def test_one_that_was_finished_while_this_one_looked_at_its_source_is_refused_too(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    begin = recovery.begin
+
+    def another(path: Path, header: dict[str, Any], *, overwrite: bool) -> Output:
+        monkeypatch.undo()
+        convert(source / "1.safetensors", out)
+        return begin(path, header, overwrite=overwrite)
+
+    monkeypatch.setattr(recovery, "begin", another)
+    with pytest.raises(FileExistsError, match="out is a finished squish directory"):
+        convert(source, out)
+    assert len(load_npy_dir(out)) == 2
+    assert not list(out.glob("squish_nf4.journal*"))
+
+
+def test_overwrite_replaces_all_that_it_wrote_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    save_shard(tmp_path / "old.safetensors", {"old": gaussian(4, 64), "1.weight": gaussian(2, 64)})
+    convert(tmp_path / "old.safetensors", out, ultra=True)
+    theirs = {"notes.txt": b"a", "tensors/notes.txt": b"b", "tensors/.squish_nf4-mine.part": b"c", "sub/x": b"d"}
+    for name, text in theirs.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(text)
+    convert(source, out, overwrite=True)
+    convert(source, tmp_path / "fresh")
+    found, expected = files(out), files(tmp_path / "fresh") | theirs
+    found.pop("stats.json")
+    expected.pop("stats.json")
+    assert found == expected
+    assert len(load_npy_dir(out)) == 4
+
+
+def test_a_small_file_that_is_called_like_a_draft_is_not_lost(source: Path, tmp_path: Path) -> None:
+    for name in ("manifest.json.part", "squish_nf4.json.part", "squish_nf4.journal.part"):
+        (source / name).write_text("theirs")
+    report = convert(source, tmp_path / "out")
+    assert report.copied == ("config.json", "manifest.json.part", "squish_nf4.json.part")
+    for name in report.copied[1:]:
+        assert (tmp_path / "out" / name).read_text() == "theirs"
+    assert (
+        "not copied: squish_nf4.journal.part (a squish directory has its own squish_nf4.journal.part)" in report.notes
+    )
+
+
+def test_overwrite_makes_the_directory_unfinished_before_it_deletes(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, out)
+
+    def stop(_: Progress) -> None:
+        assert not is_finished(out)
+        assert not (out / "manifest.json").exists()
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        convert(source, out, overwrite=True, progress=stop)
+    with pytest.raises(ValueError, match="not a finished"):
+        load_npy_dir(out)
+
+
+def test_overwrite_of_an_unfinished_conversion_starts_anew(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def stop(progress: Progress) -> None:
+        if progress.tensor == "2.weight":
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        convert(source, out, group_size=64, progress=stop)
+    assert convert(source, out, overwrite=True).resumed == 0
+    convert(source, tmp_path / "fresh")
+    assert set(files(out)) == set(files(tmp_path / "fresh"))
+    assert (out / "squish_nf4.json").read_bytes() == (tmp_path / "fresh" / "squish_nf4.json").read_bytes()
+
+
+def test_overwrite_of_nothing_converts(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out", overwrite=True)
+    assert is_finished(tmp_path / "out")
+
+
+def test_a_small_file_that_was_edited_stays_and_is_noted(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text('{"edited": true}')
+    report = convert(source, tmp_path / "out", overwrite=True)
+    assert report.copied == ()
+    assert "not copied: config.json (the output has a file of its own there)" in report.notes
+    assert (tmp_path / "out" / "config.json").read_text() == '{"edited": true}'
+
+
+def refused_to_overwrite(source: Path, out: Path, error: type[Exception], text: str) -> None:
+    before = files(out)
+    with pytest.raises(error, match=text):
+        convert(source, out, overwrite=True)
+    assert files(out) == before
+
+
+def test_overwrite_refuses_what_another_program_wrote(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("theirs")
+    refused_to_overwrite(source, out, FileExistsError, "out is not empty")
+    (out / "tensors").mkdir()
+    (out / "tensors" / ".manifest_ready").touch()
+    refused_to_overwrite(source, out, ValueError, "its squish_nf4.json does not say which files")
+
+
+def test_overwrite_refuses_to_delete_a_tensors_file_that_was_changed(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, out)
+    (out / "tensors" / "1__bias__pt.npy").write_text("theirs")
+    refused_to_overwrite(source, out, ValueError, r"1__bias__pt.npy was changed since it was written")
+
+
+@pytest.mark.parametrize("name", ["../../victim", "/etc/hostname", "x/../../../victim"])
+def test_overwrite_deletes_nothing_outside_whatever_the_sidecar_says(source: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    convert(source, out)
+    (tmp_path / "victim").write_text("theirs")
+    sidecar = json.loads((out / "squish_nf4.json").read_text())
+    sidecar["tensors"]["1.bias"]["files"] = {name: {"bytes": 6, "sha256": ""}}
+    (out / "squish_nf4.json").write_text(json.dumps(sidecar))
+    refused_to_overwrite(source, out, ValueError, "lies outside it")
+    assert (tmp_path / "victim").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", ["../../victim", "../victim", "/etc/hostname"])
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        lambda name: [{"journal": 1, "replaces": [name]}],
+        lambda name: [
+            {"journal": 1},
+            {"tensor": "w", "parts": {name: name}, "record": {"files": {name: {"bytes": 6}}}},
+        ],
+        lambda name: [{"journal": 1}, {"copied": name, "parts": {name: name}, "record": {"bytes": 6, "sha256": ""}}],
+    ],
+)
+def test_nothing_outside_is_touched_whatever_the_journal_says(
+    source: Path, tmp_path: Path, hostile: Callable[[str], list[dict[str, Any]]], name: str
+) -> None:
+    out = tmp_path / "folder" / "out"
+    (out / "tensors").mkdir(parents=True)
+    for victim in (tmp_path / "victim", tmp_path / "folder" / "victim"):
+        victim.write_text("theirs")
+    (out / "squish_nf4.journal").write_text("".join(json.dumps(line) + "\n" for line in hostile(name)))
+    if hostile(name)[1:]:
+        with (
+            closing(Journal(out / "squish_nf4.journal")) as journal,
+            pytest.raises(ValueError, match="lies outside it"),
+        ):
+            recovery.recover(out, journal)
+    refused_to_overwrite(source, out, ValueError, "lies outside it")
+    assert (tmp_path / "victim").read_text() == (tmp_path / "folder" / "victim").read_text() == "theirs"
+
+
+def test_overwrite_does_not_follow_a_link_out_of_the_directory(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, out)
+    (out / "tensors").rename(tmp_path / "elsewhere")
+    (out / "tensors").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    before = files(tmp_path / "elsewhere")
+    refused_to_overwrite(source, out, ValueError, "lies outside it")
+    assert files(tmp_path / "elsewhere") == before
+
+
+# Room on the disk
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, *free: float) -> None:
+    """A disk that has so many bytes free, one after the other, and then the last of them."""
+    left = list(free)
+    usage = type(disk.shutil.disk_usage("/"))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(0, 0, int(left.pop(0) if left[1:] else left[0])))
+
+
+def test_a_full_disk_is_foreseen_before_anything_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = make_plan(source, Options()).bytes_taken(removing=False)
+    with_free(monkeypatch, 10**9 + needed - 1)
+    with pytest.raises(OSError, match=r"out is on a disk with 1.00 GB free; .* 1 GB are to stay free") as refused:
+        convert(source, tmp_path / "out")
+    assert refused.value.errno == errno.ENOSPC
+    assert not (tmp_path / "out").exists()
+    with_free(monkeypatch, 10**9 + needed)
+    convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("min_free_gb", [-1, float("nan")])
+def test_room_that_is_no_amount_is_refused(source: Path, tmp_path: Path, min_free_gb: float) -> None:
+    with pytest.raises(ValueError, match=r"min_free_gb must be 0 or more, got (-1|nan)"):
+        convert(source, tmp_path / "out", min_free_gb=min_free_gb)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_counts_when_it_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(source, tmp_path / "out")
+    with_free(monkeypatch, 2000)  # enough for config.json and the tables alone
+    convert(source, tmp_path / "out", overwrite=True, min_free_gb=0)
+
+
+def test_the_files_of_others_do_not_count(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    save_shard(tmp_path / "old.safetensors", {"old": gaussian(2, 4)})
+    convert(tmp_path / "old.safetensors", out)
+    (out / "tensors" / "theirs").write_bytes(bytes(10**6))
+    (out / "tensors" / "dangling").symlink_to("nowhere")
+    with_free(monkeypatch, 2000)
+    with pytest.raises(OSError, match="the conversion still takes"):
+        convert(source, out, overwrite=True, min_free_gb=0)
+    assert is_finished(out)
+
+
+def test_room_on_resume_is_for_the_shards_that_are_left(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_shard(source / "3.safetensors", {"3.weight": gaussian(64, 256, seed=3)})
+    stopped_after_a_removal(source, tmp_path / "out", monkeypatch)
+    needed = make_plan(source / "3.safetensors", Options()).nbytes + len("{}")
+    needed -= recovery.bytes_freed(tmp_path / "out", overwrite=False)
+    assert needed > 4000
+    with_free(monkeypatch, needed - 1)
+    with pytest.raises(OSError, match="the conversion still takes"):
+        convert(source, tmp_path / "out", min_free_gb=0, resume=True, delete_source=True)
+    with_free(monkeypatch, needed)
+    convert(source, tmp_path / "out", min_free_gb=0, resume=True, delete_source=True)
+
+
+def test_the_forecast_is_what_is_written(source: Path, tmp_path: Path) -> None:
+    """Of float32 tensors that are kept in float32, and of NF4."""
+    report = convert(source, tmp_path / "out")
+    assert make_plan(source, Options()).nbytes == report.bytes_out
+
+
+@pytest.mark.parametrize(
+    ("steps", "most"),
+    [([], 0), ([(5, 0), (5, 0)], 10), ([(5, 9), (5, 9)], 5), ([(1, 0), (9, 9)], 10)],
+)
+def test_removing_shards_as_they_are_done_takes_less(steps: list[tuple[int, int]], most: int) -> None:
+    assert disk.peak(steps) == most
+
+
+def test_it_stops_before_others_have_filled_the_disk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("squish_nf4.checkpoint.conversion.committer.MOST_TENSORS", 1)
+    with_free(monkeypatch, 10**12, 10**12, 10**9 - 1)
+    with pytest.raises(OSError, match=r"0 GB.*out is left unfinished, with [23] of 4 tensors") as stopped:
+        convert(source, tmp_path / "out")
+    assert stopped.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert convert(source, tmp_path / "out", resume=True).resumed >= 2
+
+
+def test_a_disk_that_fills_anyway_leaves_what_was_finished_and_no_part(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = NpyWriter.write
+
+    def full(self: NpyWriter, values: object) -> None:
+        if self.name == "2__weight__nf4.npy":
+            self.file.write(b"some of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(NpyWriter, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device. .*out is left unfinished, with \d of 4") as caught:
+        convert(source, tmp_path / "out")
+    assert caught.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "out").rglob("*.part"))
+    monkeypatch.undo()
+    convert(source, tmp_path / "out", resume=True)
+    convert(source, tmp_path / "fresh")
+    assert (tmp_path / "out" / "squish_nf4.json").read_bytes() == (tmp_path / "fresh" / "squish_nf4.json").read_bytes()
+
+
+def test_a_disk_that_fails_to_sync_ends_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: NpyWriter) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(NpyWriter, "sync", fail)
+    with pytest.raises(OSError, match=r"Input/output error. .*with 0 of 4 tensors"):
+        convert(source, tmp_path / "out")
+    monkeypatch.undo()
+    convert(source, tmp_path / "out", resume=True)
+
+
+# --delete-source
+
+
+def test_the_source_is_removed_shard_by_shard_and_the_rest_stays(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "kept")
+    convert(source, tmp_path / "out", delete_source=True)
+    assert [file.name for file in source.iterdir()] == ["config.json"]
+    assert (tmp_path / "out" / "squish_nf4.json").read_bytes() == (tmp_path / "kept" / "squish_nf4.json").read_bytes()
+
+
+def test_a_single_file_is_removed_too(source: Path, tmp_path: Path) -> None:
+    convert(source / "1.safetensors", tmp_path / "out", delete_source=True)
+    assert not (source / "1.safetensors").exists()
+    assert (source / "2.safetensors").exists()
+
+
+def test_a_single_file_that_was_removed_already_is_recalled(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(source / "1.safetensors", tmp_path / "fresh")
+    stopped_after_a_removal(source / "1.safetensors", tmp_path / "out", monkeypatch)
+    report = convert(source / "1.safetensors", tmp_path / "out", resume=True, delete_source=True)
+    assert report.resumed == 2
+    assert (tmp_path / "out" / "squish_nf4.json").read_bytes() == (tmp_path / "fresh" / "squish_nf4.json").read_bytes()
+
+
+def test_the_only_copy_of_a_removed_shard_is_not_overwritten(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, shard = tmp_path / "out", (source / "1.safetensors").read_bytes()
+    stopped_after_a_removal(source, out, monkeypatch)
+    refused_to_overwrite(source, out, ValueError, "out is the only copy of what its source held in 1.safetensors")
+    shutil.copytree(out, tmp_path / "copy")
+    (source / "config.json").write_text("changed")
+    assert len(convert(source, out, resume=True, delete_source=True).tensors) == 4
+    with pytest.raises(FileNotFoundError):
+        load_file(source / "2.safetensors")
+    save_shard(source / "3.safetensors", {"another": gaussian(2, 4)})
+    refused_to_overwrite(source, tmp_path / "copy", ValueError, "the only copy")
+    (source / "1.safetensors").write_bytes(shard)
+    assert len(convert(source, tmp_path / "copy", overwrite=True).tensors) == 3
+
+
+def stopped_after_a_removal(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends a conversion when the first shard is gone."""
+
+    first = source if source.suffix else source / "1.safetensors"
+
+    def stop(*_: object) -> None:
+        if not first.exists():
+            raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(removal, "verify", stop)
+        patch.setattr("squish_nf4.checkpoint.conversion.committer.MOST_TENSORS", 2)
+        patch.setattr(removal, "sync", stop)
+        with pytest.raises(StoppedError):
+            convert(source, out, delete_source=True)
+    assert not first.exists()
+
+
+def test_a_file_that_does_not_read_back_saves_its_source(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = removal.verify
+
+    def damaged(folder: Path, records: list[dict[str, object]]) -> None:
+        file = folder / "1__weight__nf4.npy"
+        raw = bytearray(file.read_bytes())
+        raw[-1] ^= 1
+        file.write_bytes(raw)
+        verify(folder, records)
+
+    monkeypatch.setattr(removal, "verify", damaged)
+    with pytest.raises(ValueError, match=r"1__weight__nf4.npy does not read back .*; the source is kept"):
+        convert(source, tmp_path / "out", delete_source=True)
+    assert len(load_file(source / "1.safetensors")) == 2
+    assert not is_finished(tmp_path / "out")
+
+
+def test_a_weight_that_is_refused_is_found_before_anything_is_removed(source: Path, tmp_path: Path) -> None:
+    bad = gaussian(4, 64)
+    bad[3, 3] = torch.nan
+    save_shard(source / "3.safetensors", {"bad": bad})
+    with pytest.raises(ValueError, match="tensor 'bad': row 3, column 3 is nan"):
+        convert(source, tmp_path / "out", delete_source=True)
+    assert len(list(source.glob("*.safetensors"))) == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_weight_is_not_said_to_go_away_by_going_on(source: Path, tmp_path: Path) -> None:
+    save_shard(source / "3.safetensors", {"bad": torch.full((4, 64), torch.nan)})
+    with pytest.raises(ValueError, match=r"is left unfinished, .* overwrite starts anew") as refused:
+        convert(source, tmp_path / "out")
+    assert "resume" not in str(refused.value)
+
+
+def test_a_link_is_not_removed(source: Path, tmp_path: Path) -> None:
+    (source / "1.safetensors").rename(tmp_path / "blob")
+    (source / "1.safetensors").symlink_to(tmp_path / "blob")
+    with pytest.raises(ValueError, match=r"1.safetensors is a symbolic link"):
+        convert(source, tmp_path / "out", delete_source=True)
+    assert (tmp_path / "blob").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_two_names_is_not_removed(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").hardlink_to(source / "1.safetensors")
+    with pytest.raises(ValueError, match=r"1.safetensors has another name elsewhere \(a hard link\)"):
+        convert(source, tmp_path / "out", delete_source=True)
+    assert (source / "1.safetensors").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_made_of_a_removed_shard_must_still_be_there(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def stop(progress: Progress) -> None:
+        if not (source / "1.safetensors").exists():
+            raise StoppedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("squish_nf4.checkpoint.conversion.committer.MOST_TENSORS", 1)
+        with pytest.raises(StoppedError):
+            convert(source, out, delete_source=True, progress=stop)
+    shutil.copytree(out, tmp_path / "copy")
+    (out / "tensors" / "1__bias__pt.npy").unlink()
+    with pytest.raises(ValueError, match=r"tensor '1.bias': what was made of it is gone, and so is its shard"):
+        convert(source, out, resume=True, delete_source=True)
+    convert(source, tmp_path / "copy", resume=True, delete_source=True)
+    assert is_finished(tmp_path / "copy")

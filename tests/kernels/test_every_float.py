@@ -1,0 +1,24 @@
+"""All 2,130,706,434 floats of [-1, 1], on every CPU path, against the definition: tests/native/every_float.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from squish_nf4 import _C
+from tests.conftest import ISAS
+from tests.support import reference
+from tests.support.compiling import NATIVE, compile_objects, kernel_sources, link, run
+
+EVERY_FLOAT = 2_130_706_434
+
+
+def test_every_float_of_minus_one_to_one_gets_the_index_of_the_nearest_level(tmp_path: Path) -> None:
+    objects = compile_objects(tmp_path, [*kernel_sources(), NATIVE / "every_float.cpp"], ["-O3"])
+    objects += compile_objects(tmp_path, [NATIVE / "definition.cpp"], ["-O3", "-march=native"])
+    program = link(tmp_path / "every_float", objects)
+
+    done = run([program, *(repr(float(level)) for level in reference.LEVELS)])
+
+    assert done.returncode == 0, done.stderr + done.stdout
+    paths = [isa for isa in ISAS[: ISAS.index(_C.cpu_isa()) + 1] if isa != "avx512_bf16"]  # it encodes as avx512 does
+    assert done.stdout.splitlines() == [f"{path} {EVERY_FLOAT} 0" for path in paths]

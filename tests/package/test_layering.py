@@ -1,0 +1,240 @@
+"""Who may include and import whom. The arrows go down only: nf4 <- cpu, cuda <- ops, and python beside ops."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.compiling import ROOT
+
+CSRC = ROOT / "csrc"
+STANDARD = r"[a-z_]+"  # <array>, <cstdint>: no path, no suffix
+TORCH = r"(torch|ATen|c10)/.+"
+
+# room -> (project rooms it may include, headers in angle brackets it may include)
+ROOMS = {
+    "nf4": ({"nf4"}, STANDARD),
+    "cpu": ({"nf4", "cpu"}, rf"{STANDARD}|(immintrin|cpuid)\.h"),
+    "c": ({"nf4", "cpu", "c"}, STANDARD + r"|stdint\.h"),
+    "cuda": ({"nf4", "cuda"}, rf"{STANDARD}|cuda_runtime(_api)?\.h|cuda_(fp16|bf16)\.h"),
+    "ops": ({"nf4", "cpu", "cuda", "ops"}, rf"{STANDARD}|{TORCH}"),
+    "python": ({"nf4", "cpu"}, rf"{STANDARD}|pybind11/.+|torch/(headeronly/|csrc/api/include/torch/)?version\.h"),
+}
+PUBLIC_HEADER = "squish_nf4/include/squish_nf4/nf4.h"
+NEVER = re.compile(
+    r"Python\.h|torch/extension\.h|torch/csrc/(utils/pybind|Exceptions|python_headers)\.h|torch/python\.h"
+)
+INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', re.MULTILINE)
+
+# Room of the package -> the rooms that it may import. A module belongs to the longest name that it begins with; the
+# modules of one room may import each other, but not in a circle.
+PACKAGE_ROOMS: dict[str, set[str]] = {
+    "operators": set(),  # the modules of OPERATORS
+    "nn": {"operators"},
+    "model": {"operators", "nn"},  # the modules of MODEL
+    "torchscript": {"operators", "nn"},
+    "checkpoint": {"operators"},  # the ground: values, files, resources, messages
+    "checkpoint.source": {"operators", "checkpoint"},
+    "checkpoint.directory": {"operators", "checkpoint"},
+    "checkpoint.conversion": {"operators", "checkpoint", "checkpoint.source", "checkpoint.directory"},
+    "checkpoint.loading": {"operators", "nn", "model", "checkpoint", "checkpoint.directory"},
+    "checkpoint.audit": {"operators", "checkpoint", "checkpoint.source", "checkpoint.directory"},
+    "integrations": {"operators", "nn", "model", "torchscript"},
+    "doctor": {"operators"},
+    "commands": {
+        "operators",
+        "model",
+        "torchscript",
+        "checkpoint",
+        "checkpoint.conversion",
+        "checkpoint.audit",
+        "integrations",
+        "doctor",
+    },
+}
+OPERATORS = {"_version", "_build_info", "_native", "_C", "layout", "ops", "vmap", "decompositions"}
+MODEL = {"choose", "model"}
+FACE = {"__init__", "checkpoint.__init__"}  # what they import is imported when it is asked for, or is all below
+COMMAND_LINE_ONLY = {"typer", "rich", "click", "matplotlib", "sentence_transformers", "transformers"}
+
+
+def native_sources() -> list[Path]:
+    return sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".hpp", ".cpp", ".cu", ".cuh"))
+
+
+def includes(path: Path) -> list[tuple[str, str]]:
+    """(kind, name) of every include; the kind is ``<`` or a double quote."""
+    return INCLUDE.findall(path.read_text())
+
+
+@pytest.mark.parametrize("path", native_sources(), ids=lambda path: str(path.relative_to(CSRC)))
+def test_native_file_includes_what_its_room_may_know(path: Path) -> None:
+    rooms, outside = ROOMS[path.relative_to(CSRC).parts[0]]
+    for kind, name in includes(path):
+        if kind == '"':
+            if name == PUBLIC_HEADER and path.name == "api.cpp":
+                continue
+            assert name.startswith("csrc/"), f"{name}: write the path from the repository root"
+            assert (ROOT / name).is_file(), f"{name} is not a file of the project"
+            assert name.split("/")[1] in rooms, f"{path.parent.name} may not know {name}"
+        else:
+            assert re.fullmatch(outside, name), f"{path.parent.name} may not know <{name}>"
+            assert not NEVER.fullmatch(name), f"<{name}> brings Python in"
+
+
+def test_public_header_needs_nothing_but_torch() -> None:
+    for kind, name in includes(ROOT / PUBLIC_HEADER):
+        assert kind == "<"
+        assert re.fullmatch(rf"{STANDARD}|{TORCH}", name)
+        assert not NEVER.fullmatch(name)
+
+
+def test_every_room_has_files_and_every_file_has_a_room() -> None:
+    assert {path.relative_to(CSRC).parts[0] for path in native_sources()} == set(ROOMS)
+
+
+def test_format_stands_in_headers_alone() -> None:
+    assert {path.suffix for path in (CSRC / "nf4").iterdir()} == {".h"}
+
+
+def test_reader_of_includes_sees_them() -> None:
+    assert ('"', "csrc/nf4/codec.h") in includes(CSRC / "cpu" / "avx512.cpp")
+    assert ("<", "torch/library.h") in includes(CSRC / "ops" / "schema.cpp")
+    assert ("<", "immintrin.h") in includes(CSRC / "cpu" / "target_region.h")
+
+
+def test_operators_reach_cuda_through_one_file() -> None:
+    users = {path.name for path in native_sources() if ("csrc/cuda/kernels.h") in [name for _, name in includes(path)]}
+    assert users == {"kernels.cu", "cuda.cpp"}
+
+
+def test_schemas_stand_in_one_file() -> None:
+    defining = re.compile(r"\bm\.def\(|\bTORCH_LIBRARY\(|\bTORCH_LIBRARY_FRAGMENT\(")
+    found = {path.relative_to(CSRC).as_posix() for path in native_sources() if defining.search(path.read_text())}
+    assert found == {"ops/schema.cpp", "python/module.cpp"}
+    assert "TORCH_LIBRARY" not in (CSRC / "python" / "module.cpp").read_text()  # pybind11's functions are no operators
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name in it: "ops", "checkpoint.conversion.convert", "nn.__init__"."""
+    package = ROOT / "squish_nf4"
+    return {".".join(path.relative_to(package).with_suffix("").parts): path for path in sorted(package.rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+    if module in OPERATORS:
+        return "operators"
+    if module in MODEL:
+        return "model"
+    return max((room for room in PACKAGE_ROOMS if module.startswith(f"{room}.")), key=len)
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, in functions and under TYPE_CHECKING too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: write the full name of the module"
+            found.add(str(node.module))
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}  # a module, or a name in one
+    return found
+
+
+def own_imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports; a package that lends a name counts as its __init__."""
+    names = {name.removeprefix("squish_nf4.") for name in imports(path) if name.startswith("squish_nf4.")}
+    known = {*modules(), *OPERATORS}
+    packages = {name for name in names if f"{name}.__init__" in known and not lends_modules_alone(path, name)}
+    return (names & known) | {f"{name}.__init__" for name in packages}
+
+
+def lends_modules_alone(path: Path, package: str) -> bool:
+    """Whether a file takes nothing from a package's __init__ but modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == f"squish_nf4.{package}":
+            names = {f"{package}.{alias.name}" for alias in node.names}
+            if not names <= {*modules(), *(name.removesuffix(".__init__") for name in modules())}:
+                return False
+    return True
+
+
+INSIDE = sorted(set(modules()) - FACE - {"__main__"})
+
+
+def test_every_module_has_a_room_and_every_room_has_modules() -> None:
+    assert {room_of(module) for module in INSIDE} == set(PACKAGE_ROOMS)
+    assert {room for rooms in PACKAGE_ROOMS.values() for room in rooms} <= set(PACKAGE_ROOMS)
+
+
+@pytest.mark.parametrize("module", INSIDE)
+def test_module_imports_what_its_room_may_know(module: str) -> None:
+    room = room_of(module)
+    unknown = {
+        other
+        for other in own_imports(modules()[module])
+        if other in FACE or other == "__main__" or room_of(other) not in {room, *PACKAGE_ROOMS[room]}
+    }
+    assert unknown == set(), f"{room} may not know {unknown}"
+
+
+def test_rooms_stand_on_each_other_and_not_in_a_circle() -> None:
+    assert [room for room in PACKAGE_ROOMS if room in reachable(room, PACKAGE_ROOMS)] == []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {name: own_imports(path) & set(modules()) for name, path in modules().items() if name not in FACE}
+    graph = {name: others - FACE for name, others in graph.items()}
+    assert [name for name in graph if name in reachable(name, graph)] == []
+
+
+def reachable(name: str, graph: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = list(graph[name])
+    while waiting:
+        other = waiting.pop()
+        if other not in found:
+            found.add(other)
+            waiting += graph[other]
+    return found
+
+
+def test_package_imports_the_converter_only_when_it_is_used() -> None:
+    tree = ast.parse(modules()["__init__"].read_text())
+    always = {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
+    ours = {name.removeprefix("squish_nf4.") for name in always if name.startswith("squish_nf4.")}
+    assert ours
+    assert {room_of(name) for name in ours} <= {"operators", "nn", "model"}
+
+
+def test_library_imports_nothing_that_only_a_terminal_needs() -> None:
+    for name in INSIDE:
+        if room_of(name) not in ("commands", "integrations"):
+            packages = {module.split(".")[0] for module in imports(modules()[name])}
+            assert not packages & COMMAND_LINE_ONLY, f"{name} imports {packages & COMMAND_LINE_ONLY}"
+
+
+def test_reader_of_imports_sees_them(tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\nfrom squish_nf4 import _C, ops\nfrom squish_nf4.checkpoint import values\n"
+        "if TYPE_CHECKING:\n    from squish_nf4.nn.linear import NF4Linear\n"
+        "def f():\n    from squish_nf4.checkpoint import convert\n"
+    )
+    assert own_imports(file) == {"_C", "ops", "checkpoint.values", "nn.linear", "checkpoint.__init__"}
+
+
+def test_importing_the_package_loads_nothing_but_torch_and_the_library() -> None:
+    absent = {"typer", "rich", "safetensors", "zstandard", "matplotlib", "sentence_transformers", "transformers"}
+    program = "import sys, squish_nf4; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"torch", "squish_nf4"} <= loaded
+    assert loaded & absent == set()
