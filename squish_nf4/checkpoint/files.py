@@ -1,16 +1,108 @@
-"""The checksum that squish_nf4.json records of a file."""
+"""Files handled with care: names that stay inside a directory, checksums, and what the disk really has."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 CHUNK = 2**20  # bytes read at once
 
 
+def lies_inside(path: Path, root: str | Path) -> bool:
+    """Whether path, all links followed, is root or lies in it."""
+    root = os.path.realpath(root)
+    return os.path.commonpath([os.path.realpath(path), root]) == root
+
+
+def inside(root: Path, folder: str, name: str) -> Path:
+    """root / folder / name, for a name out of a table that is not trusted; the file itself may be a link.
+
+    Raises:
+        ValueError: the name is absolute, climbs up, or leads through a link out of root.
+    """
+    place = PurePosixPath(folder, name)
+    if place.is_absolute() or ".." in place.parts or not lies_inside((root / place).parent, root):
+        raise ValueError(f"{root} lists a file of its own, {name!r}, that lies outside it")
+    return root / place
+
+
+def require_file(path: Path, root: str) -> Path:
+    """path itself, if it is a regular file, or a link to one inside root; its folder is inside already.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if path.is_symlink():
+        refuse_outside(path, root)
+    if not path.is_file():
+        raise ValueError(f"{path} is {'a link to nothing' if path.is_symlink() else 'not a regular file'}")
+    return path
+
+
+def refuse_outside(path: Path, root: str) -> None:
+    """Raises ValueError if path is a link that leads out of root, the directory that is being read."""
+    if not lies_inside(path, root):
+        raise ValueError(
+            f"{path} is a link out of the directory, to {os.path.realpath(path)}: what is read stays inside {root}; "
+            "copy the directory with its links followed (cp -rL), or move what it links to inside"
+        )
+
+
 def sha256_of(file: BinaryIO) -> str:
-    """In hex, of what is left to read."""
+    """The sha256, in hex, of what is left to read."""
     sha256 = hashlib.sha256()
     while chunk := file.read(CHUNK):
         sha256.update(chunk)
     return sha256.hexdigest()
+
+
+def sha256_on_disk(path: Path) -> str:
+    """The sha256, in hex, of what the disk gives back, not of the pages that memory still holds of the file."""
+    with path.open("rb", buffering=0) as reader:
+        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return sha256_of(reader)
+
+
+class HashingFile:
+    """The write side of a file that hashes what passes, so that no byte is read again for its checksum."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.nbytes = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.sha256.update(data)
+        self.nbytes += memoryview(data).nbytes
+        return self.file.write(data)
+
+
+def copy_hashing(source: Path, target: Path) -> HashingFile:
+    """Copies a file to a new one. What is returned holds the number of bytes and their sha256.
+
+    Raises:
+        FileExistsError: there is a target.
+    """
+    with source.open("rb") as reader, target.open("xb") as writer:
+        hashing = HashingFile(writer)
+        while chunk := reader.read(CHUNK):
+            hashing.write(chunk)
+    return hashing
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has a file's bytes, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def place_file(part: Path, final: Path) -> None:
+    """Gives a finished file its name. FileExistsError: there is something of that name, which stays."""
+    if final.exists() or final.is_symlink():
+        raise FileExistsError(f"{final} is there already, and this conversion did not write it")
+    part.rename(final)

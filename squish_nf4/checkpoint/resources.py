@@ -1,4 +1,4 @@
-"""Whether a disk has room for what is to be written."""
+"""Disk and memory: asked for before much of either is taken."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 GB = 10**9
 DEFAULT_MIN_FREE_GB = 1.0
+MEMINFO = Path("/proc/meminfo")
 
 
 def require_room(path: Path, needed: int, min_free_gb: float) -> None:
@@ -39,3 +40,23 @@ def peak(steps: Sequence[tuple[int, int]]) -> int:
         highest = max(highest, taken := taken + written)
         taken -= removed
     return highest
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without pushing others out, free swap included; None where the system does not say."""
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    kilobytes = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines)}
+    try:
+        return 1024 * (int(kilobytes["MemAvailable"]) + int(kilobytes["SwapFree"]))
+    except (KeyError, ValueError):
+        return None
+
+
+def require_memory(n_bytes: int, what: str) -> None:
+    """ValueError: what would take n_bytes, and there are fewer."""
+    available = available_memory()
+    if available is not None and n_bytes > available:
+        raise ValueError(f"{what} takes {n_bytes / 1e9:,.1f} GB of memory; {available / 1e9:,.1f} GB are free")

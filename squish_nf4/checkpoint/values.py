@@ -1,6 +1,8 @@
-"""Kept tensors: the smallest of float16, float32 and their own dtype that loses nothing."""
+"""Arrays without loss: between torch and numpy, in the smallest dtype that holds every value, some rows at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -8,8 +10,8 @@ from torch import Tensor
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
-# Elements looked at in one step. Copies in wider types then stay in a cache, and torch keeps to the calling thread: the
-# tiles of a tensor have threads of their own (stream.py).
+# Values in a block: what a thread looks at in one step. Copies in wider types then stay in a cache, and torch keeps to
+# the calling thread: the stretches of a tensor have threads of their own (conversion/stream.py).
 BLOCK = 2**15
 
 # Floats that numpy has no type for. Every one of their values is a float32.
@@ -60,6 +62,7 @@ def smallest_dtype(values: Array) -> np.dtype[np.generic]:
 
 
 def in_dtype(values: Array, dtype: np.dtype[np.generic]) -> Array:
+    """values in another dtype, without a copy if it is theirs."""
     with np.errstate(invalid="ignore"):  # a signaling NaN becomes a quiet one
         return values.astype(dtype, copy=False)
 
@@ -78,3 +81,15 @@ def survives(values: Array, dtype: np.dtype[np.generic]) -> bool:
         if not np.all((back.view(bits) == block.view(bits)) | (np.isnan(back) & np.isnan(block))):
             return False
     return True
+
+
+def rows_at_once(columns: int, values: int) -> int:
+    """As many whole rows as hold so many values, one at least."""
+    return max(1, values // max(1, columns))
+
+
+def row_slices(rows: int, columns: int, values: int) -> Iterator[slice]:
+    """The rows of a matrix, some whole ones at a time: about so many values, so that copies of them stay small."""
+    step = rows_at_once(columns, values)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))

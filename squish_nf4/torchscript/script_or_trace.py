@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from squish_nf4.torchscript import calls as example_calls
+from squish_nf4.torchscript import calls
 from squish_nf4.torchscript.calls import Call, copied, has_named_tuples, run
 from squish_nf4.torchscript.model_state import ModelState
 from squish_nf4.torchscript.trial import TorchScriptError
@@ -100,6 +100,6 @@ def in_one_line(error: Exception) -> str:
 
 def place_of(error: Exception) -> str | None:
     """The innermost line that is neither torch's nor of the export: what a user may want to look at."""
-    own = (__file__, str(example_calls.__file__), str(Path(torch.__file__).parent))
+    own = (__file__, str(calls.__file__), str(Path(torch.__file__).parent))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None

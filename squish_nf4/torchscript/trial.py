@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from squish_nf4._native import library_path
-from squish_nf4.torchscript import trial_program as fresh_run
+from squish_nf4.torchscript import trial_program
 from squish_nf4.torchscript.calls import Call, with_tensors
 from squish_nf4.torchscript.trial_program import Leaves
 
@@ -47,7 +47,7 @@ def run_fresh(file: Path, calls: Sequence[Call]) -> FreshRun:
         "dtype": torch.get_default_dtype(),
     }
     plain_calls = [with_tensors(call, lambda t: t, named=False) for call in calls]  # as its classes are unknown there
-    program = Path(fresh_run.__file__).read_text()
+    program = Path(trial_program.__file__).read_text()
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the same torch
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         tasks, results = Path(folder, "tasks"), Path(folder, "results")

@@ -476,7 +476,7 @@ def test_names_that_differ_only_by_case_are_refused_where_they_would_share_a_fil
 
 
 def test_the_probe_notices_a_shared_file(tmp_path):
-    from squish_nf4.checkpoint.directory.names import holds_apart
+    from squish_nf4.checkpoint.directory.format import holds_apart
 
     assert holds_apart(tmp_path, ["a", "b"])
     assert not holds_apart(tmp_path, ["a", "a"])  # what a case-insensitive file system makes of "a" and "A"

@@ -13,7 +13,7 @@ import torch
 
 from squish_nf4.checkpoint.conversion.budget import LEAST_MAX_RAM, Budget, share_out
 from squish_nf4.checkpoint.conversion.convert import convert
-from squish_nf4.checkpoint.directory.format import write_table
+from squish_nf4.checkpoint.directory.tables import write_table
 from squish_nf4.checkpoint.values import BLOCK
 from tests.support.checkpoint_files import gaussian, raw_shard_of, save_shard
 from tests.support.commands import ROOT

@@ -16,7 +16,7 @@ import torch
 import zstandard
 from torch.profiler import ProfilerActivity, profile
 
-from squish_nf4.checkpoint import memory
+from squish_nf4.checkpoint import resources
 from squish_nf4.checkpoint.audit.verify import verify
 from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.directory.reader import iter_npy_dir, load_npy_dir, open_directory
@@ -283,12 +283,12 @@ def test_more_than_the_machine_has_is_refused_before_it_is_read(
     foreign: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 1 kB\nMemAvailable: 0 kB\nSwapFree: 0 kB\n")
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(resources, "MEMINFO", tmp_path / "meminfo")
     with pytest.raises(
         ValueError, match=r"dir, read at once .* 'a.weight'; iter_npy_dir .* takes 0.0 GB of memory; 0.0 GB are free"
     ):
         load_npy_dir(foreign)
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "absent")  # a system that does not say
+    monkeypatch.setattr(resources, "MEMINFO", tmp_path / "absent")  # a system that does not say
     assert len(load_npy_dir(foreign)) == 3
 
 

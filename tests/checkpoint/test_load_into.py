@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import squish_nf4
 from squish_nf4 import NF4Linear, convert, load_into, load_npy_dir
-from squish_nf4.checkpoint import memory
+from squish_nf4.checkpoint import resources
 from squish_nf4.torchscript.comparison import have_same_bits
 from tests.support.checkpoint_files import minilm_directory, write_foreign_dir
 from tests.support.helpers import require, require_transformers
@@ -307,7 +307,7 @@ def test_a_script_module_is_refused(small: Path) -> None:
 
 def test_too_much_for_the_machine_is_refused(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemAvailable: 1 kB\nSwapFree: 0 kB\n")
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(resources, "MEMINFO", tmp_path / "meminfo")
     with pytest.raises(ValueError, match=r"what is to be loaded takes .*the model was not changed"):
         load_into(Small(), small)
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_scripted_is_traced_and_tried_at_other_sizes(tmp_path: Pa
     report = export_torchscript(model, tmp_path / "m.pt", {"x": torch.randn(2, 5, 64), "scale": torch.tensor(2.0)})
     assert report.route == "traced"
     assert report.why_traced is not None
-    assert "keyword-only arguments with defaults (test_export_torchscript.py:" in report.why_traced
+    assert "keyword-only arguments with defaults (test_export.py:" in report.why_traced
     assert (report.same_bits, report.free_dimensions, report.notes) == (True, (0, 1), ())
     assert "the same bits as eager, also at another size of dimension 0 and dimension 1 of the inputs" in str(report)
     x = torch.randn(7, 1, 64)
@@ -183,7 +183,7 @@ def test_a_trace_with_a_size_written_into_it_is_a_warning_and_a_note(tmp_path: P
     bound, from_torch = report.notes
     assert bound.endswith("result is torch.float32 (2, 5, 8); eager gives torch.float32 (3, 5, 8)")
     assert "Python values (sizes, branches taken) that the model reads from tensors" in from_torch
-    assert "test_export_torchscript.py:" in from_torch
+    assert "test_export.py:" in from_torch
     assert report.free_dimensions == (1,)
     assert report.same_bits
 
@@ -292,7 +292,7 @@ def test_a_model_that_torchscript_cannot_take_is_one_sentence_with_the_lines(tmp
     assert text.startswith(
         "export_torchscript: TorchScript cannot take this model; scripting: Compiled functions can't"
     )
-    assert "(test_export_torchscript.py:" in text
+    assert "(test_export.py:" in text
     assert "; tracing: Only tensors, lists, tuples of tensors, or dictionary of tensors can be output" in text
     assert text.endswith("use torch.export or AOTInductor instead (docs/export.md)")
     assert "\n" not in text

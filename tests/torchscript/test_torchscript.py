@@ -1,4 +1,4 @@
-"""Layers and models in TorchScript: scripted, traced, frozen, saved, moved. See also test_export_torchscript.py."""
+"""Layers and models in TorchScript: scripted, traced, frozen, saved, moved. See also test_export.py."""
 
 from __future__ import annotations
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from squish_nf4.checkpoint.audit.compare import TILE, Differences, compare_nf4, differing
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
-from squish_nf4.checkpoint.rows import row_slices
-from squish_nf4.checkpoint.values import WIDENED, dtype_name, to_numpy
+from squish_nf4.checkpoint.values import WIDENED, dtype_name, row_slices, to_numpy
 from squish_nf4.ops import quantize_nf4
 
 

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from squish_nf4 import _C
-from squish_nf4.checkpoint.rows import row_slices
-from squish_nf4.checkpoint.values import Array
+from squish_nf4.checkpoint.values import Array, row_slices
 
 What = Literal["index", "scale", "value"]
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from squish_nf4.checkpoint.audit.compare import Differences, compare_nf4, compare_values
-from squish_nf4.checkpoint.conversion.report import Progress
-from squish_nf4.checkpoint.directory.names import shorten
 from squish_nf4.checkpoint.directory.reader import open_directory
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
+from squish_nf4.checkpoint.messages import Progress, shorten
 
 
 @dataclass(frozen=True)

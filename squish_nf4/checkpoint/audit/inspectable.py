@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from squish_nf4.checkpoint.directory.folder import ENDS
-from squish_nf4.checkpoint.directory.format import TENSORS
-from squish_nf4.checkpoint.directory.names import shorten
+from squish_nf4.checkpoint.directory.format import ENDS, TENSORS
 from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_directory
+from squish_nf4.checkpoint.messages import shorten
 from squish_nf4.checkpoint.source.shards import Entry, open_source, opened
 from squish_nf4.checkpoint.values import Array, dtype_name
 

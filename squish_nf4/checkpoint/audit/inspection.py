@@ -20,12 +20,10 @@ from torch import Tensor
 from squish_nf4.checkpoint.audit.compare import nibbles
 from squish_nf4.checkpoint.audit.inspectable import Inspectable, list_inspectable
 from squish_nf4.checkpoint.audit.measure import Group, GroupErrors
-from squish_nf4.checkpoint.conversion.report import Progress
-from squish_nf4.checkpoint.directory.names import shorten
 from squish_nf4.checkpoint.directory.stored_tensor import as_torch
-from squish_nf4.checkpoint.rows import row_slices
+from squish_nf4.checkpoint.messages import Progress, shorten
 from squish_nf4.checkpoint.source.shards import open_source
-from squish_nf4.checkpoint.values import WIDENED, dtype_name, to_numpy
+from squish_nf4.checkpoint.values import WIDENED, dtype_name, row_slices, to_numpy
 from squish_nf4.ops import dequantize_nf4
 
 Basis = Literal["measured", "recorded", "estimated"]

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 
 from squish_nf4.checkpoint.audit.against_source import compare_with_source
-from squish_nf4.checkpoint.conversion.report import Progress
-from squish_nf4.checkpoint.directory.folder import refuse_outside, require_file
 from squish_nf4.checkpoint.directory.format import SIDECAR
-from squish_nf4.checkpoint.directory.names import listed, shorten
 from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_leniently
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
-from squish_nf4.checkpoint.files import sha256_of
+from squish_nf4.checkpoint.files import refuse_outside, require_file, sha256_of
+from squish_nf4.checkpoint.messages import Progress, listed, shorten
 from squish_nf4.checkpoint.source.shards import Source, open_source
 
 

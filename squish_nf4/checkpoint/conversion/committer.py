@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from squish_nf4.checkpoint.conversion.report import TensorReport
-from squish_nf4.checkpoint.directory.tensor_files import TensorFiles
+from squish_nf4.checkpoint.directory.npy_writer import TensorFiles
 
 Batch = list[tuple[TensorReport, TensorFiles]]
 

@@ -20,17 +20,18 @@ from squish_nf4.checkpoint.conversion import fingerprint, recovery, removal
 from squish_nf4.checkpoint.conversion.budget import DEFAULT_MAX_RAM, share_out
 from squish_nf4.checkpoint.conversion.dry_run import look_at_values
 from squish_nf4.checkpoint.conversion.encode import quantize_tensor
-from squish_nf4.checkpoint.conversion.journal import JOURNAL, Journal
+from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.conversion.notes import note_alike, note_other_group_sizes, note_unused, notes_on
 from squish_nf4.checkpoint.conversion.options import DEFAULT_OUTLIER_THRESHOLD, Options
 from squish_nf4.checkpoint.conversion.output import Output
 from squish_nf4.checkpoint.conversion.plan import make_plan
-from squish_nf4.checkpoint.conversion.report import ConvertReport, Progress, TensorReport
+from squish_nf4.checkpoint.conversion.report import ConvertReport, TensorReport
 from squish_nf4.checkpoint.conversion.run import Run
 from squish_nf4.checkpoint.conversion.unfinished import UnfinishedError, saying_what_is_left
 from squish_nf4.checkpoint.directory import format as npy_dir
-from squish_nf4.checkpoint.directory.names import alike, holds_apart, listed
+from squish_nf4.checkpoint.directory.format import JOURNAL, alike, holds_apart
 from squish_nf4.checkpoint.directory.npy_writer import compressor
+from squish_nf4.checkpoint.messages import Progress, listed
 from squish_nf4.checkpoint.resources import DEFAULT_MIN_FREE_GB, require_room
 from squish_nf4.checkpoint.source.shards import Source
 from squish_nf4.layout import pick_group_size

@@ -17,8 +17,8 @@ from squish_nf4.checkpoint.conversion.encode import Survey
 from squish_nf4.checkpoint.conversion.options import Options
 from squish_nf4.checkpoint.conversion.pipeline import in_order
 from squish_nf4.checkpoint.conversion.plan import Plan, Planned, make_plan
-from squish_nf4.checkpoint.conversion.report import Progress
 from squish_nf4.checkpoint.conversion.stream import widest
+from squish_nf4.checkpoint.messages import Progress
 
 
 def dry_run(

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from squish_nf4.checkpoint.conversion.options import DEFAULT_OUTLIER_THRESHOLD, Limits, Options
-from squish_nf4.checkpoint.directory.names import shorten
-from squish_nf4.checkpoint.rows import row_slices
-from squish_nf4.checkpoint.values import BLOCK, WIDENED, Array, dtype_name, smallest_lossless, to_numpy
+from squish_nf4.checkpoint.messages import shorten
+from squish_nf4.checkpoint.values import BLOCK, WIDENED, Array, dtype_name, row_slices, smallest_lossless, to_numpy
 from squish_nf4.layout import pick_group_size
 
 Kind = Literal["nf4", "kept"]

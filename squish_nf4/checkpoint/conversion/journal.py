@@ -15,8 +15,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-JOURNAL = "squish_nf4.journal"
-DRAFT = f"{JOURNAL}.part"  # of a new journal, until its header is whole
+from squish_nf4.checkpoint.directory.format import DRAFT
+from squish_nf4.checkpoint.files import sync
 
 Line = Mapping[str, Any]
 
@@ -66,7 +66,7 @@ class Journal:
         try:
             header = json.dumps(make_header()).encode() + b"\n"
             file.truncate(0)
-            assert file.write(header) == len(header)
+            write_all(file, header)
             sync(draft)
             draft.replace(path)
         except BaseException:
@@ -78,11 +78,10 @@ class Journal:
 
     def append(self, facts: Iterable[Line]) -> None:
         """Returns when the disk has them. If it cannot take them all, it keeps none."""
-        unwritten = memoryview(b"".join(json.dumps(fact).encode() + b"\n" for fact in facts))
+        lines = b"".join(json.dumps(fact).encode() + b"\n" for fact in facts)
         end = self.file.tell()
         try:
-            while unwritten:
-                unwritten = unwritten[self.file.write(unwritten) :]
+            write_all(self.file, lines)
             os.fsync(self.file.fileno())
         except BaseException:
             self.file.truncate(end)
@@ -110,10 +109,8 @@ def opened_alone(path: Path, mode: Literal["r+b", "a+b"]) -> FileIO:
     return file
 
 
-def sync(path: Path) -> None:
-    """Waits until the disk has a file's bytes, or the names in a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_all(file: FileIO, data: bytes) -> None:
+    """Writes all of it: without a buffer one write may take less than it is given."""
+    unwritten = memoryview(data)
+    while unwritten:
+        unwritten = unwritten[file.write(unwritten) :]

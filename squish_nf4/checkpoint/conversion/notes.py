@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from squish_nf4.checkpoint.conversion.options import Options
+from squish_nf4.checkpoint.conversion.options import Options, matching
 from squish_nf4.checkpoint.conversion.report import TensorReport
-from squish_nf4.checkpoint.directory.names import alike, listed, matching
+from squish_nf4.checkpoint.directory.format import alike
+from squish_nf4.checkpoint.messages import listed
 from squish_nf4.checkpoint.values import dtype_named
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
-from squish_nf4.checkpoint.directory.names import matching
-
 DEFAULT_OUTLIER_THRESHOLD = 20.0
+
 SUPER_WEIGHT = 100.0  # times the mean magnitude of its row
 
 # The routers of mixtures of experts: a few kilobytes that decide which experts run at all.
@@ -85,3 +85,8 @@ class Options:
             "super_weight": self.super_weight,
             "ultra": self.ultra,
         }
+
+
+def matching(name: str, patterns: Iterable[str]) -> list[str]:
+    """The patterns that name contains, or that match all of it as a shell glob."""
+    return [pattern for pattern in patterns if pattern in name or fnmatchcase(name, pattern)]

@@ -7,26 +7,19 @@ is deleted that this tool did not write.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from squish_nf4.checkpoint.conversion.journal import Journal, sync
-from squish_nf4.checkpoint.directory.format import MANIFEST, READY, SIDECAR, STATS, TENSORS, write_table
-from squish_nf4.checkpoint.directory.tensor_files import TensorFiles
-
-CHUNK = 2**20  # bytes copied at a time
+from squish_nf4.checkpoint.conversion.journal import Journal
+from squish_nf4.checkpoint.directory.format import MANIFEST, READY, SIDECAR, STATS, TENSORS
+from squish_nf4.checkpoint.directory.npy_writer import TensorFiles
+from squish_nf4.checkpoint.directory.tables import write_table
+from squish_nf4.checkpoint.files import copy_hashing, place_file, sync
 
 Record = dict[str, Any]
-
-
-def place_file(part: Path, final: Path) -> None:
-    if final.exists() or final.is_symlink():
-        raise FileExistsError(f"{final} is there already, and this conversion did not write it")
-    part.rename(final)
 
 
 @dataclass
@@ -73,18 +66,15 @@ class Output:
         name, target = place.as_posix(), self.path / place
         if name in self.copied:
             return True
-        part, sha256, nbytes = self.new_part(), hashlib.sha256(), 0
-        with source.open("rb") as reader, part.open("xb") as writer:
-            while chunk := reader.read(CHUNK):
-                sha256.update(chunk)
-                nbytes += writer.write(chunk)
+        part = self.new_part()
+        copy = copy_hashing(source, part)
         if target.exists() or target.is_symlink():
             part.unlink()
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         sync(part)
         sync(self.folder)
-        record = {"bytes": nbytes, "sha256": sha256.hexdigest()}
+        record = {"bytes": copy.nbytes, "sha256": copy.sha256.hexdigest()}
         self.journal.append([{"copied": name, "parts": {name: part.name}, "record": record}])
         place_file(part, target)
         self.copied[name] = record

@@ -16,12 +16,11 @@ from squish_nf4.checkpoint.conversion.fingerprint import recall_removed
 from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.conversion.options import Limits, Options
 from squish_nf4.checkpoint.conversion.tied import find_tied
-from squish_nf4.checkpoint.directory.names import keys_of
-from squish_nf4.checkpoint.directory.npy_writer import npy_nbytes
+from squish_nf4.checkpoint.directory.format import keys_of
+from squish_nf4.checkpoint.directory.npy_header import npy_nbytes
 from squish_nf4.checkpoint.resources import peak
-from squish_nf4.checkpoint.rows import rows_at_once
 from squish_nf4.checkpoint.source.shards import Entry, Shard, Source, open_source
-from squish_nf4.checkpoint.values import BLOCK, WIDENED, dtype_name
+from squish_nf4.checkpoint.values import BLOCK, WIDENED, dtype_name, rows_at_once
 
 UINT8, FLOAT32, INT64 = np.dtype(np.uint8), np.dtype(np.float32), np.dtype(np.int64)
 

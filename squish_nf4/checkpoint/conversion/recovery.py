@@ -6,13 +6,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from squish_nf4.checkpoint.conversion.journal import JOURNAL, Journal, sync
-from squish_nf4.checkpoint.conversion.output import Output, Record, place_file
-from squish_nf4.checkpoint.directory.format import MANIFEST, READY, SIDECAR, STATS, TENSORS, State, state_of
-from squish_nf4.checkpoint.files import sha256_of
+from squish_nf4.checkpoint.conversion.journal import Journal
+from squish_nf4.checkpoint.conversion.output import Output, Record
+from squish_nf4.checkpoint.directory.format import JOURNAL, MANIFEST, READY, SIDECAR, STATS, TENSORS, State, state_of
+from squish_nf4.checkpoint.files import inside, place_file, sha256_of, sync
 
 PART = re.compile(r"\.squish_nf4-[0-9a-f]{8}-\d+\.part")
 
@@ -192,11 +192,3 @@ def written_before(path: Path, journal: Journal | None) -> Iterator[str]:
                 unchanged = sha256_of(stream) == facts["sha256"]
             if unchanged:
                 yield name
-
-
-def inside(path: Path, folder: str, name: str) -> Path:
-    """path / folder / name. ValueError: that would lie elsewhere."""
-    place = PurePosixPath(folder, name)
-    if place.is_absolute() or ".." in place.parts or not (path / place).parent.resolve().is_relative_to(path.resolve()):
-        raise ValueError(f"{path} lists a file of its own, {name!r}, that lies outside it")
-    return path / place

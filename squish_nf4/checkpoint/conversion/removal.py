@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from squish_nf4.checkpoint.conversion.journal import sync
 from squish_nf4.checkpoint.conversion.output import Output
 from squish_nf4.checkpoint.conversion.plan import Planned
-from squish_nf4.checkpoint.directory.names import shorten
-from squish_nf4.checkpoint.files import sha256_of
+from squish_nf4.checkpoint.files import sha256_on_disk, sync
+from squish_nf4.checkpoint.messages import shorten
 from squish_nf4.checkpoint.source.shards import Shard
 
 
@@ -56,10 +54,3 @@ def verify(folder: Path, records: Collection[Mapping[str, Any]]) -> None:
         for name, facts in record["files"].items():
             if sha256_on_disk(folder / name) != facts["sha256"]:
                 raise ValueError(f"{folder / name} does not read back as it was written; the source is kept")
-
-
-def sha256_on_disk(file: Path) -> str:
-    """Of what the disk gives back, not of the pages that memory still holds of the file."""
-    with file.open("rb", buffering=0) as reader:
-        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return sha256_of(reader)

@@ -15,15 +15,6 @@ from squish_nf4.checkpoint.values import dtype_named
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a conversion is: the tensor it has begun, and the bytes of the source that are done."""
-
-    tensor: str
-    bytes_done: int
-    bytes_total: int
-
-
-@dataclass(frozen=True)
 class TensorReport:
     """What became of one tensor."""
 

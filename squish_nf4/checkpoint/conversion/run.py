@@ -12,9 +12,10 @@ from squish_nf4.checkpoint.conversion.budget import Budget
 from squish_nf4.checkpoint.conversion.committer import Batch, Committer
 from squish_nf4.checkpoint.conversion.output import Output
 from squish_nf4.checkpoint.conversion.plan import Plan, Planned
-from squish_nf4.checkpoint.conversion.report import Progress, TensorReport
+from squish_nf4.checkpoint.conversion.report import TensorReport
 from squish_nf4.checkpoint.conversion.stream import Outcome, stream
 from squish_nf4.checkpoint.directory.npy_writer import StoredFile
+from squish_nf4.checkpoint.messages import Progress
 from squish_nf4.checkpoint.resources import require_room
 from squish_nf4.checkpoint.values import dtype_name
 

@@ -16,7 +16,7 @@ from squish_nf4.checkpoint.conversion.encode import EncodedRows, Kind, Survey, r
 from squish_nf4.checkpoint.conversion.parts import KeptPart, kept_values, look_at, look_at_kept
 from squish_nf4.checkpoint.conversion.pipeline import in_order
 from squish_nf4.checkpoint.conversion.plan import INT64, Planned
-from squish_nf4.checkpoint.directory.tensor_files import TensorFiles
+from squish_nf4.checkpoint.directory.npy_writer import TensorFiles
 from squish_nf4.checkpoint.values import Array
 
 Part = EncodedRows | KeptPart

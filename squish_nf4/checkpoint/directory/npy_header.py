@@ -1,4 +1,4 @@
-"""The header of a .npy file: what it promises, before a byte of the array is read. Nothing in it is evaluated.
+"""The header of a .npy file, read and written. What it promises is known before a byte of the array is read.
 
 numpy's own reader hands the text to ast.literal_eval, whose parser is deeper than this format needs. Here a header is
 three known fields of plain text, of bounded length, or it is refused.
@@ -6,20 +6,26 @@ three known fields of plain text, of bounded length, or it is refused.
 
 from __future__ import annotations
 
+import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 MAGIC = b"\x93NUMPY"
+
 LONGEST_HEADER = 4096  # bytes; numpy pads to 64 or 128
+
 MOST_DIMENSIONS = 64  # numpy's own limit
+
 FIELDS = {"descr", "fortran_order", "shape"}
 
 FIELD = re.compile(r"""\s*(['"])(\w+)\1\s*:\s*('[^'\\]*'|"[^"\\]*"|True|False|\([\d\s,L]*\))\s*(,|(?=\}))""", re.ASCII)
+
 NUMBER_TYPE = re.compile(r"[<>=|]?[biufc]\d{1,2}", re.ASCII)
+
 SHAPE = re.compile(r"\(\s*\)|\(\s*\d+L?\s*,\s*\)|\(\s*\d+L?(\s*,\s*\d+L?)+\s*,?\s*\)", re.ASCII)
 
 
@@ -115,3 +121,16 @@ def parse_dtype(text: str) -> np.dtype[np.generic]:
     if dtype is None or dtype.kind not in "biufc":
         raise ValueError(f"holds {text[:40]}, which is no number type")
     return dtype
+
+
+def npy_header(dtype: np.dtype[np.generic], shape: Sequence[int]) -> bytes:
+    """The bytes that numpy.save writes before the values."""
+    header = io.BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
+
+
+def npy_nbytes(dtype: np.dtype[np.generic], shape: Sequence[int]) -> int:
+    """The bytes of a .npy file of such an array, its header included."""
+    return len(npy_header(dtype, shape)) + int(np.prod(shape, dtype=object)) * dtype.itemsize

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from squish_nf4.checkpoint.directory.npy_header import Header, read_header
-from squish_nf4.checkpoint.directory.zst import ZstStream
-from squish_nf4.checkpoint.memory import require_memory
+from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.checkpoint.values import Array
 
-BLOCK, SMALLEST_BLOCK = 2**17, 4  # zstd: what one block holds at most, and the fewest bytes that it takes
+ZSTD_BLOCK, SMALLEST_ZSTD_BLOCK = 2**17, 4  # bytes that one block holds at most, and the fewest that it takes
+COMPRESSED_STEP = 4096  # bytes read at once: 4 of them can stand for 128 KiB, so that no step yields more than 128 MiB
+LARGEST_WINDOW = 2**27  # bytes; what the decompressor may allocate for one frame, and zstd's own default
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def open_npy(path: Path) -> NpyFile:
         wanted = header.start + header.nbytes
         if not compressed and wanted != size:
             raise ValueError(f"declares {header}, which makes a file of {wanted} bytes, and has {size}")
-        if wanted > size // SMALLEST_BLOCK * BLOCK:
+        if wanted > size // SMALLEST_ZSTD_BLOCK * ZSTD_BLOCK:
             raise ValueError(f"declares {header}, {header.nbytes} bytes, more than {size} bytes can be compressed from")
         return NpyFile(path, header, size)
 
@@ -136,3 +137,56 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def is_zst(path: Path) -> bool:
     return path.suffix == ".zst"
+
+
+def decompressed(file: BinaryIO) -> Iterator[bytes]:
+    """The content of the Zstandard frames in file, front to back.
+
+    Raises:
+        ImportError: zstandard is not installed.
+        ValueError: these are no frames, a checksum is wrong, or the last frame is cut off.
+    """
+    try:
+        import zstandard
+    except ImportError:
+        raise ImportError("is compressed; to read it, type: pip install zstandard") from None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
+    frame = decompressor.decompressobj()
+    begun = False
+    while piece := file.read(COMPRESSED_STEP):
+        while piece:
+            begun = True
+            try:
+                data = frame.decompress(piece)
+            except zstandard.ZstdError as error:
+                raise ValueError(f"is damaged: {error}") from error
+            if data:
+                yield data
+            piece = b""
+            if frame.eof:
+                piece, frame, begun = frame.unused_data, decompressor.decompressobj(), False
+    if begun:
+        raise ValueError("is cut off: its last frame has no end")
+
+
+class ZstStream:
+    """The content of a .zst file, read a bounded piece at a time: a small file may claim to be a very large one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.pieces = decompressed(file)
+        self.rest = memoryview(b"")
+
+    def read(self, n: int) -> bytes:
+        """n bytes, fewer only at the end."""
+        parts = []
+        while n and (part := self.read_some(n)):
+            parts.append(part)
+            n -= len(part)
+        return b"".join(parts)
+
+    def read_some(self, most: int) -> memoryview:
+        """One to most bytes, whatever is at hand; none only at the end."""
+        if not self.rest:
+            self.rest = memoryview(next(self.pieces, b""))
+        part, self.rest = self.rest[:most], self.rest[most:]
+        return part

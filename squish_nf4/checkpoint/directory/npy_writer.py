@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from squish_nf4.checkpoint.directory.npy_header import npy_header, npy_nbytes
+from squish_nf4.checkpoint.files import HashingFile
 from squish_nf4.checkpoint.values import Array
 
 ZSTD_LEVEL = 6  # docs/checkpoints.md has what others would gain: 1 % of the scales' bytes at a tenth of the speed
@@ -35,18 +35,6 @@ class StoredFile:
     @classmethod
     def from_record(cls, name: str, record: Mapping[str, Any]) -> StoredFile:
         return cls(name, record["bytes"], record["sha256"], record.get("plain_bytes", record["bytes"]))
-
-
-class HashingFile:
-    """The write side of a file that hashes what passes, so that no byte is read again for its checksum."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
 
 
 class NpyWriter:
@@ -76,8 +64,9 @@ class NpyWriter:
         (self.frame or self.hashing).write(data)
 
     def finish(self) -> StoredFile:
-        """All is written, though the disk may not have it yet."""
-        assert self.unwritten == 0, f"{self.name} lacks {self.unwritten} bytes"
+        """All is written, though the disk may not have it yet. RuntimeError: the values do not add up to the shape."""
+        if self.unwritten:
+            raise RuntimeError(f"{self.name} lacks {self.unwritten} bytes of what its header declares")
         if self.frame is not None:
             self.frame.flush(1)  # FLUSH_FRAME: its end and checksum
             self.frame = None  # a megabyte and more, and the file stays open until its batch is on the disk
@@ -104,14 +93,57 @@ def compressor() -> Any:
     return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
 
 
-def npy_header(dtype: np.dtype[np.generic], shape: Sequence[int]) -> bytes:
-    """What numpy.save writes before the values."""
-    header = io.BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}
-    np.lib.format.write_array_header_1_0(header, description)
-    return header.getvalue()
+class TensorFiles:
+    """Files of one tensor, by suffix.
 
+    Args:
+        key: what their names begin with.
+        new_part: gives the name of a temporary file that is not there yet.
+        ultra: whether what may be compressed is, where that makes it smaller.
+    """
 
-def npy_nbytes(dtype: np.dtype[np.generic], shape: Sequence[int]) -> int:
-    """The size of a .npy file."""
-    return len(npy_header(dtype, shape)) + int(np.prod(shape, dtype=object)) * dtype.itemsize
+    def __init__(self, key: str, new_part: Callable[[], Path], *, ultra: bool = False) -> None:
+        self.key, self.new_part, self.ultra = key, new_part, ultra
+        self.writers: dict[str, list[NpyWriter]] = {}
+
+    def open(
+        self, suffix: str, dtype: np.dtype[np.generic], shape: Sequence[int], *, may_compress: bool = False
+    ) -> None:
+        """A file to write. Which of its two forms is smaller shows in the end, so both are written."""
+        writers = self.writers[suffix] = []
+        for compressed in (False, True) if may_compress and self.ultra else (False,):
+            name = f"{self.key}{suffix}.npy"
+            writers.append(NpyWriter(self.new_part(), name, dtype, shape, compressed=compressed))
+
+    def write(self, suffix: str, values: Array) -> None:
+        """The values that come next, row by row."""
+        for writer in self.writers[suffix]:
+            writer.write(values)
+
+    def finish(self) -> list[StoredFile]:
+        """All is written. Of the two forms of a file the smaller stays, the plain one if they are equal."""
+        return [self._finish(writers) for writers in self.writers.values()]
+
+    def _finish(self, writers: list[NpyWriter]) -> StoredFile:
+        files = {writer.finish(): writer for writer in writers}
+        smallest = min(files, key=lambda file: file.nbytes)
+        for file, writer in files.items():
+            if file != smallest:
+                writer.discard()
+        writers[:] = [files[smallest]]
+        return smallest
+
+    def sync(self) -> None:
+        for [writer] in self.writers.values():
+            writer.sync()
+
+    def discard(self) -> None:
+        """Takes back what was written."""
+        while self.writers:
+            for writer in self.writers.popitem()[1]:
+                writer.discard()
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """{name when finished: temporary name}."""
+        return {writer.name: writer.part.name for [writer] in self.writers.values()}

@@ -15,12 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from squish_nf4.checkpoint.directory.folder import Folder
 from squish_nf4.checkpoint.directory.format import MANIFEST, READY, SIDECAR, TENSORS
-from squish_nf4.checkpoint.directory.names import listed, shorten
-from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor, open_tensor
+from squish_nf4.checkpoint.directory.stored_tensor import Folder, StoredTensor, open_tensor
 from squish_nf4.checkpoint.directory.tables import Records, find_owners, read_manifest, read_sidecar
-from squish_nf4.checkpoint.memory import require_memory
+from squish_nf4.checkpoint.messages import listed, shorten
+from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.checkpoint.values import WIDENED, dtype_name, dtype_named
 
 FLOATS = {torch.float64, torch.float32, torch.float16, *WIDENED}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from squish_nf4.checkpoint.directory.folder import Folder
-from squish_nf4.checkpoint.directory.names import shorten
+from squish_nf4.checkpoint.directory.format import ENDS, SUFFIXES
 from squish_nf4.checkpoint.directory.npy_header import MOST_DIMENSIONS
-from squish_nf4.checkpoint.directory.npy_reader import NpyFile
-from squish_nf4.checkpoint.memory import require_memory
+from squish_nf4.checkpoint.directory.npy_reader import NpyFile, open_npy
+from squish_nf4.checkpoint.files import refuse_outside, require_file
+from squish_nf4.checkpoint.messages import shorten
+from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.checkpoint.values import WIDENED, Array, dtype_name
 from squish_nf4.ops import COMPUTE_DTYPES, dequantize_nf4
 
@@ -214,3 +218,43 @@ def read_shape(folder: Folder, key: str, files: dict[str, NpyFile]) -> tuple[int
 def require_torch_dtype(tensor: StoredTensor) -> None:
     for file in tensor.files.values():
         as_torch(np.empty(0, file.dtype))
+
+
+class Folder:
+    """tensors/. root: the squish directory, resolved; links may not leave it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.root = os.path.realpath(path.parent)
+        refuse_outside(path, self.root)
+        self.names = frozenset(os.listdir(path))
+
+    def find(self, stem: str) -> Path | None:
+        """stem.npy or stem.npy.zst, or None; both together are refused, for they may differ."""
+        found = [stem + end for end in ENDS if stem + end in self.names]
+        if len(found) > 1:
+            raise ValueError(f"{self.path / found[0]} is there twice, plain and as .zst; remove one of them")
+        return require_file(self.path / found[0], self.root) if found else None
+
+    def open(self, stem: str) -> NpyFile | None:
+        path = self.find(stem)
+        return open_npy(path) if path else None
+
+    def forms(self, key: str) -> str:
+        """The files of this tensor, for a message."""
+        return ", ".join(sorted(self.ends.get(key, ()))) or "nothing"
+
+    @cached_property
+    def ends(self) -> defaultdict[str, list[str]]:
+        """By key, what its files' names end in. A key ends at the last "__": a__b__pt.npy is not of the key a."""
+        ends: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self.names:
+            key, mark, end = name.rpartition("__")
+            ends[key].append(mark + end)
+        return ends
+
+    def unclaimed(self, keys: Iterable[str]) -> list[str]:
+        """Files with our suffixes that are of no tensor with one of these keys."""
+        ours = tuple(suffix + end for suffix in SUFFIXES for end in ENDS)
+        claimed = {key + suffix for key in keys for suffix in ours}
+        return sorted(name for name in self.names - claimed if name.endswith(ours))

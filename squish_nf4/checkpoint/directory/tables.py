@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from squish_nf4.checkpoint.directory.folder import require_file
-from squish_nf4.checkpoint.directory.format import MANIFEST, SIDECAR
-from squish_nf4.checkpoint.directory.names import check_key, listed, shorten
+from squish_nf4.checkpoint.directory.format import MANIFEST, SIDECAR, check_key
+from squish_nf4.checkpoint.files import require_file, sync
+from squish_nf4.checkpoint.messages import listed, shorten
 
 LARGEST_TABLE = 2**29  # bytes; a record of squish_nf4.json takes about 700
 
@@ -93,3 +93,11 @@ def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{shorten(twice)} is there twice")
     return table
+
+
+def write_table(file: Path, table: Mapping[str, Any], draft: Path) -> None:
+    """A JSON object in ASCII, whole or not at all: until it is, it is called draft."""
+    with draft.open("w", encoding="ascii") as writer:  # piece by piece: as one text it would be larger than the table
+        writer.writelines(json.JSONEncoder(indent=2, ensure_ascii=True, allow_nan=False).iterencode(table))
+    sync(draft)
+    draft.replace(file)

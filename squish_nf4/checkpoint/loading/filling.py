@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from squish_nf4.checkpoint.directory.names import shorten
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor, as_torch
 from squish_nf4.checkpoint.loading.slots import Slot
+from squish_nf4.checkpoint.messages import shorten
 from squish_nf4.checkpoint.values import dtype_name
 from squish_nf4.choose import Candidate
 from squish_nf4.nn.linear import NF4Linear

@@ -14,12 +14,12 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from squish_nf4.checkpoint.directory.names import listed
 from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_directory
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
 from squish_nf4.checkpoint.loading.filling import Filling, Step, have_same_values
 from squish_nf4.checkpoint.loading.slots import Slot, compare_names, describe_misfit, slots_of
-from squish_nf4.checkpoint.memory import require_memory
+from squish_nf4.checkpoint.messages import listed
+from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.choose import Candidate, replaceable
 
 

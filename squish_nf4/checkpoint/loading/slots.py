@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from squish_nf4.checkpoint.directory.names import listed
+from squish_nf4.checkpoint.messages import listed
 from squish_nf4.nn.linear import NF4Linear
 
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from squish_nf4.checkpoint.directory.names import listed, shorten
+from squish_nf4.checkpoint.messages import listed, shorten
 from squish_nf4.checkpoint.source.small_files import INDEX_SUFFIX, collect_small_files, other_weights
 
 # safetensors' names of what both torch and numpy can hold, after widening where numpy knows no such float.

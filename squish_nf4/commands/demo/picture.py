@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from squish_nf4.commands.demo.run import Agreement
+    from squish_nf4.commands.demo.agreement import Agreement
     from squish_nf4.model import LayerReport, QuantizeReport
 
 # Okabe and Ito's colours: told apart with every kind of colour vision, and in grey.

@@ -10,7 +10,8 @@ from squish_nf4 import _C
 from squish_nf4.checkpoint.audit.inspection import entropy_of
 from squish_nf4.commands import print_convert as convert_report
 from squish_nf4.commands import terminal
-from squish_nf4.commands.demo.run import Agreement, Conversion, DemoReport, Floats, Seconds
+from squish_nf4.commands.demo.agreement import Agreement, Floats
+from squish_nf4.commands.demo.run import Conversion, DemoReport, Seconds
 from squish_nf4.commands.terminal import count, duration, size
 
 

