@@ -158,8 +158,6 @@ def test_importing_loads_a_few_small_modules_and_nothing_else() -> None:
         *(f"squish_nf4.{name}" for name in ("_native", "_version", "_build_info", "_C")),
         *(f"squish_nf4.{name}" for name in ("ops", "layout", "vmap", "decompositions", "choose", "model")),
         *(f"squish_nf4.{name}" for name in ("nn", "nn.linear", "nn.packed", "nn.packer")),
-    }" for name in ("ops", "batching", "decompositions", "layout", "packer")),
-        *(f"squish_nf4.{name}" for name in ("packed_weight", "linear", "choose", "model")),
     }
     heavy = (
         "numpy",
