@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from squish_nf4.checkpoint.conversion.convert import Progress, UnfinishedError, convert
+from squish_nf4.checkpoint.conversion.convert import UnfinishedError, convert
+from squish_nf4.checkpoint.messages import Progress
 from tests.support.checkpoint_files import gaussian, save_index, save_shard
 from tests.support.commands import ROOT
 
@@ -66,7 +67,8 @@ def is_finished(path: Path) -> bool:
 # (negative if it was killed), the seconds it ran, and where it was not ended the operations it needed.
 SERVER = """
 import json, os, signal, sys, time
-from squish_nf4.checkpoint.conversion.convert import Progress, UnfinishedError, convert
+from squish_nf4.checkpoint.messages import Progress
+from squish_nf4.checkpoint.conversion.convert import UnfinishedError, convert
 print("ready", flush=True)
 for line in sys.stdin:
     source, out, seconds, last, options = json.loads(line)
@@ -345,7 +347,7 @@ def test_a_changed_option_is_refused(source: Path, tmp_path: Path, options: dict
 
 def test_another_writer_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(source, tmp_path / "out")
-    monkeypatch.setattr("squish_nf4.checkpoint.conversion.fingerprint.WRITER", "squish_nf4 99")
+    monkeypatch.setattr("squish_nf4.checkpoint.conversion.journal.WRITER", "squish_nf4 99")
     with pytest.raises(ValueError, match=r"another writer: it was squish_nf4 .*, and is squish_nf4 99"):
         convert(source, tmp_path / "out", resume=True)
 
