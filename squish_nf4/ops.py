@@ -104,7 +104,7 @@ def survey_nf4(w: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Ro
 
 def relative_error(squared_error: float, squared_norm: float) -> float:
     """||w - decoded|| / ||w||, of the squares of both norms; 0 for a weight of zeros."""
-    return sqrt(squared_error / squared_norm) if squared_norm > 0 else 0.0
+    return 0.0 if squared_norm == 0 else sqrt(squared_error / squared_norm)
 
 
 def refuse_non_finite(what: str, w: Tensor, scales: Tensor) -> None:

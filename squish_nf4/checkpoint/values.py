@@ -26,7 +26,7 @@ WIDENED = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As reports and squish_nf4.json write it: "bfloat16"."""
+    """A dtype's name as reports and squish_nf4.json write it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -84,7 +84,7 @@ def survives(values: Array, dtype: np.dtype[np.generic]) -> bool:
 
 
 def rows_at_once(columns: int, values: int) -> int:
-    """As many whole rows as hold so many values, one at least."""
+    """The number of whole rows that hold about so many values, one at least."""
     return max(1, values // max(1, columns))
 
 

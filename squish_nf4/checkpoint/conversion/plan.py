@@ -75,7 +75,7 @@ class Planned:
         }
 
     def kept_arrays(self) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
-        """The same for a tensor that is kept."""
+        """The dtype and shape of each array that it is when it is kept, by suffix."""
         return {"__pt": (self.kept_as, self.entry.shape), "__shape": (INT64, (len(self.entry.shape),))}
 
     @cached_property

@@ -31,7 +31,7 @@ def refuse_unless_free(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def bytes_freed(path: Path, overwrite: bool) -> int:
-    """Of the files that go before the first is written: parts that were left, and what is replaced."""
+    """Bytes of the files that go before the first is written: part files that were left, and what is replaced."""
     state = state_of(path)
     with ExitStack() as locked:
         old = (

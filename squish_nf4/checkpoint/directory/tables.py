@@ -66,7 +66,7 @@ def find_owners(path: Path, manifest: Mapping[str, str], records: Records) -> di
 
 
 def are_tied(key: str, names: Sequence[str], owner: str, records: Records) -> bool:
-    """By their records, or because the key can be the usual one of one of them at most: two of those would collide."""
+    """Whether tensors may share a key: their records say so, or it can be the usual key of one of them at most."""
     if all(name == owner or records.get(name, {}).get("tied_to") == owner for name in names):
         return True
     return sum(name.replace(".", "__") == key for name in names) <= 1
