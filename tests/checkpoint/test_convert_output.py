@@ -23,7 +23,7 @@ from squish_nf4.checkpoint.conversion.output import Output
 from squish_nf4.checkpoint.conversion.plan import make_plan
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
-from tests.support.checkpoint_files import gaussian, save_shard
+from tests.support.directories import gaussian, save_shard
 
 
 @pytest.fixture

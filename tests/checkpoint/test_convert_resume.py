@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from squish_nf4.checkpoint.conversion.convert import Progress, UnfinishedError, convert
-from tests.support.checkpoint_files import gaussian, save_index, save_shard
-from tests.support.commands import ROOT
+from tests.support import ROOT
+from tests.support.directories import gaussian, save_index, save_shard
 
 JOURNAL = "squish_nf4.journal"
 KILLS = 20
