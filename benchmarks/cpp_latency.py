@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import squish_nf4
 from benchmarks.timing import conditions
-from tests.support.llama import quantized_llama, some_tokens
+from tests.support.models import quantized_llama, some_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 

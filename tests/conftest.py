@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.helpers import ForcedIsa, require
-
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+from tests.support.helpers import ISAS, ForcedIsa, require
 
 
 def _best_isa() -> str:
@@ -28,7 +26,7 @@ def forced_isa(request: pytest.FixtureRequest) -> Iterator[ForcedIsa]:
 
 
 @pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+def rng() -> np.random.Generator:
     """Random numbers that are the same on every run."""
     return np.random.default_rng(20260801)
 

@@ -18,7 +18,7 @@ from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
 from squish_nf4.checkpoint.messages import Progress
 from tests.support import reference
-from tests.support.checkpoint_files import dequantized, gaussian, minilm_directory, raw_shard, save_index, save_shard
+from tests.support.directories import dequantized, gaussian, minilm_directory, raw_shard, save_index, save_shard
 from tests.support.helpers import require
 
 TENSORS = {

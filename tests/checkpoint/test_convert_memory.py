@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -15,9 +13,9 @@ from squish_nf4.checkpoint.conversion.budget import LEAST_MAX_RAM, Budget, share
 from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.directory.tables import write_table
 from squish_nf4.checkpoint.values import BLOCK
-from tests.support.checkpoint_files import gaussian, raw_shard_of, save_shard
-from tests.support.commands import ROOT
+from tests.support.directories import gaussian, raw_shard_of, save_shard
 from tests.support.helpers import require
+from tests.support.processes import run_python
 
 CAP = LEAST_MAX_RAM
 COLUMNS = 4096
@@ -67,10 +65,7 @@ def test_ten_times_the_cap_in_one_tensor_or_twice_in_many_stays_under_it(tmp_pat
         "found to be kept only after all was quantized": (str(float32), {"outlier_threshold": 6.0}),
         "compressed, and many of them": (str(many), {"ultra": True}),
     }
-    command = [sys.executable, "-c", PROGRAM, small, tmp_path, str(CAP), json.dumps(cases)]
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    peaks = json.loads(done.stdout)
+    peaks = json.loads(run_python(PROGRAM, small, tmp_path, CAP, json.dumps(cases)))
     assert {name: tuple(found[:2]) for name, found in peaks.items()} == {
         "quantized": ("nf4", "nf4"),
         "kept, wider than it was": ("kept", "float32"),

@@ -24,7 +24,7 @@ from squish_nf4.checkpoint.conversion.plan import make_plan
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
 from squish_nf4.checkpoint.messages import Progress
-from tests.support.checkpoint_files import gaussian, save_shard
+from tests.support.directories import gaussian, save_shard
 
 
 @pytest.fixture

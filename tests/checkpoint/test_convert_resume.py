@@ -17,8 +17,8 @@ import torch
 
 from squish_nf4.checkpoint.conversion.convert import UnfinishedError, convert
 from squish_nf4.checkpoint.messages import Progress
-from tests.support.checkpoint_files import gaussian, save_index, save_shard
-from tests.support.commands import ROOT
+from tests.support import ROOT
+from tests.support.directories import gaussian, save_index, save_shard
 
 JOURNAL = "squish_nf4.journal"
 KILLS = 20

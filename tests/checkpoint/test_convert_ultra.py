@@ -15,7 +15,7 @@ import zstandard
 from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
-from tests.support.checkpoint_files import gaussian, save_shard
+from tests.support.directories import gaussian, save_shard
 
 NOISE = torch.randint(-(2**62), 2**62, (4000,), generator=torch.Generator().manual_seed(1))
 TENSORS = {

@@ -13,9 +13,8 @@ from squish_nf4 import _C
 from squish_nf4.checkpoint.audit.compare import FIRST_FEW, Differences, Place, compare_values
 from squish_nf4.checkpoint.audit.diff import TensorDiff, diff
 from squish_nf4.commands.cli import app
-from tests.support.checkpoint_files import write_foreign_dir
-from tests.support.commands import assert_one_sentence, squish
-from tests.support.squish_dirs import PACKED, SCALES, compress, write_small_dir
+from tests.support.directories import PACKED, SCALES, compress, write_foreign_dir, write_small_dir
+from tests.support.processes import assert_one_sentence, squish
 
 
 @pytest.fixture

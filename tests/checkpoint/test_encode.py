@@ -14,7 +14,7 @@ from squish_nf4.checkpoint.conversion.options import ConvertOptions
 from squish_nf4.checkpoint.values import smallest_lossless
 from squish_nf4.layout import pick_group_size
 from tests.support import reference
-from tests.support.checkpoint_files import gaussian
+from tests.support.directories import gaussian
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzzing.targets import TARGETS, directory, npy_file, npy_header, zst_file
-from tests.support.squish_dirs import header, npy
+from tests.support.directories import header, npy
 
 CORPUS = Path(__file__).parents[1] / "fuzzing" / "corpus"
 SEEDS = sorted(path for path in CORPUS.rglob("*") if path.is_file())

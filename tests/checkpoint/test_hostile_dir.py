@@ -21,16 +21,18 @@ from squish_nf4.checkpoint.audit.verify import verify
 from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.directory.reader import iter_npy_dir, load_npy_dir, open_directory
 from squish_nf4.checkpoint.directory.stored_tensor import AT_ONCE
-from tests.support.checkpoint_files import gaussian, save_shard, write_foreign_dir
-from tests.support.squish_dirs import (
+from tests.support.directories import (
     MANIFEST,
     allocating_at_most,
     compress,
+    gaussian,
     header,
     npy,
     remove,
     replace,
+    save_shard,
     sparse,
+    write_foreign_dir,
     write_small_dir,
 )
 

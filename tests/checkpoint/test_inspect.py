@@ -23,8 +23,7 @@ from squish_nf4.commands.cli import app
 from squish_nf4.commands.inspect import page as inspect_page
 from squish_nf4.commands.inspect import print as inspect_report
 from tests.support import reference
-from tests.support.checkpoint_files import gaussian, save_shard, write_foreign_dir
-from tests.support.squish_dirs import PACKED, SCALES, write_small_dir
+from tests.support.directories import PACKED, SCALES, gaussian, save_shard, write_foreign_dir, write_small_dir
 
 TENSORS = {
     "stack": gaussian(2, 3, 64, dtype=torch.bfloat16),

@@ -18,10 +18,9 @@ import squish_nf4
 from squish_nf4 import NF4Linear, convert, load_into, load_npy_dir
 from squish_nf4.checkpoint import resources
 from squish_nf4.torchscript.comparison import have_same_bits
-from tests.support.checkpoint_files import minilm_directory, write_foreign_dir
+from tests.support.directories import allocating_at_most, compress, minilm_directory, write_foreign_dir
 from tests.support.helpers import require, require_transformers
-from tests.support.llama import Llama
-from tests.support.squish_dirs import allocating_at_most, compress
+from tests.support.models import Llama
 
 
 class Small(nn.Module):

@@ -17,8 +17,16 @@ from safetensors.torch import save_file
 from squish_nf4.checkpoint.audit.verify import verify
 from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.directory.reader import iter_npy_dir, load_npy_dir
-from tests.support.checkpoint_files import write_foreign_dir
-from tests.support.squish_dirs import DECODED, MANIFEST, allocating_at_most, compress, header, npy, write_small_dir
+from tests.support.directories import (
+    DECODED,
+    MANIFEST,
+    allocating_at_most,
+    compress,
+    header,
+    npy,
+    write_foreign_dir,
+    write_small_dir,
+)
 
 
 @pytest.fixture

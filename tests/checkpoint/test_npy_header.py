@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from squish_nf4.checkpoint.directory.npy_header import LONGEST_HEADER, Header, read_header
-from tests.support.squish_dirs import header, npy
+from tests.support.directories import header, npy
 
 
 def read(data: bytes) -> Header:

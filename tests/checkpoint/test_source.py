@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from squish_nf4.checkpoint.source.shards import DTYPES, open_source, read_values
-from tests.support.checkpoint_files import gaussian, raw_shard, save_index, save_shard
+from tests.support.directories import gaussian, raw_shard, save_index, save_shard
 
 
 def names(source):

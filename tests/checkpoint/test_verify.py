@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 from squish_nf4.checkpoint.audit.verify import verify
 from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.commands.cli import app
-from tests.support.checkpoint_files import gaussian, save_shard
-from tests.support.squish_dirs import compress, replace, write_small_dir
+from tests.support.directories import compress, gaussian, replace, save_shard, write_small_dir
 
 TENSORS = {
     "w": gaussian(6, 64),

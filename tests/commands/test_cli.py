@@ -18,8 +18,9 @@ import squish_nf4
 from squish_nf4.commands import print_convert as convert_report
 from squish_nf4.commands import terminal
 from squish_nf4.commands.cli import app
-from tests.support.checkpoint_files import gaussian, save_shard
-from tests.support.commands import ROOT, assert_one_sentence, run, squish
+from tests.support import ROOT
+from tests.support.directories import gaussian, save_shard
+from tests.support.processes import assert_one_sentence, run, squish
 
 COMMANDS = {"convert", "demo", "diff", "doctor", "export", "inspect", "verify"}
 TERMINAL = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}

@@ -19,8 +19,8 @@ import squish_nf4
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.commands.cli import app
 from squish_nf4.commands.convert import bytes_of
-from tests.support.checkpoint_files import gaussian, raw_shard_of, save_shard
-from tests.support.commands import ROOT
+from tests.support import ROOT
+from tests.support.directories import gaussian, raw_shard_of, save_shard
 
 JOURNAL = "squish_nf4.journal"
 spiky = gaussian(40, 640)

@@ -15,8 +15,8 @@ import squish_nf4
 from squish_nf4.commands.demo import run as demo
 from squish_nf4.commands.demo.sentences import PARAPHRASES, SENTENCES
 from squish_nf4.doctor.self_test import number_of_threads
-from tests.support.commands import assert_one_sentence, squish
 from tests.support.helpers import require
+from tests.support.processes import assert_one_sentence, squish
 
 FEW = SENTENCES[:12]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from squish_nf4 import _C, _build_info, library_path, ops
 from squish_nf4.doctor import examine as doctor
 from squish_nf4.doctor import self_test
-from tests.support.commands import squish
 from tests.support.helpers import require
+from tests.support.processes import squish
 
 
 def failures() -> set[str]:

@@ -15,9 +15,9 @@ from squish_nf4.commands.cli import app
 from squish_nf4.commands.demo.run import model_folder
 from squish_nf4.doctor.self_test import number_of_threads
 from squish_nf4.torchscript import export as torchscript
-from tests.support.commands import assert_one_sentence, squish
-from tests.support.minilm import calls, eager_minilm, require_minilm
-from tests.torchscript.test_export import run_here
+from tests.support.models import eager_minilm, minilm_calls, require_minilm
+from tests.support.processes import assert_one_sentence, squish
+from tests.support.scripts import run_here
 
 MODELS = """
 import torch
@@ -100,7 +100,7 @@ def test_minilm_is_exported_and_the_summary_says_how(minilm: tuple[Result, Path]
 def test_exported_minilm_gives_eagers_bits_at_other_sizes_and_masks(minilm: tuple[Result, Path]) -> None:
     program = load(minilm[1])
     eager = eager_minilm()
-    for ids, mask in calls((1, 1), (1, 12), (3, 7), (4, 40)):
+    for ids, mask in minilm_calls((1, 1), (1, 12), (3, 7), (4, 40)):
         with torch.no_grad():
             assert torch.equal(program(ids, mask), eager(ids, mask))
 

@@ -18,9 +18,8 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.export import Dim, export
 
 from squish_nf4 import NF4Linear, library_path
-from tests.compilers.test_torch_export import BATCH_AND_TOKENS, Requantize
-from tests.support.fresh_process import run_python
-from tests.support.llama import quantized_llama, some_tokens
+from tests.support.models import BATCH_AND_TOKENS, Requantize, quantized_llama, some_tokens
+from tests.support.processes import run_python
 
 pytestmark = pytest.mark.usefixtures("inductor")
 OPTIONS = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # the compiler's time, not ours

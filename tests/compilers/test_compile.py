@@ -17,7 +17,7 @@ from torch.func import functional_call, grad
 
 from squish_nf4 import NF4Linear
 from tests.support.helpers import require_torch
-from tests.support.llama import Llama, quantized_llama, some_tokens
+from tests.support.models import Llama, quantized_llama, some_tokens
 
 OPS = torch.ops.squish
 pytestmark = pytest.mark.usefixtures("inductor", "_no_programs_left")

@@ -14,8 +14,7 @@ from torch import nn
 from torch.export import export
 
 import squish_nf4
-from tests.compilers.test_torch_export import BATCH_AND_TOKENS
-from tests.support.llama import quantized_llama, some_tokens
+from tests.support.models import BATCH_AND_TOKENS, quantized_llama, some_tokens
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
 import squish_nf4
-from squish_nf4 import NF4Linear, NF4Packer, library_path
-from tests.support.fresh_process import run_python
-from tests.support.llama import quantized_llama, some_tokens
+from squish_nf4 import NF4Linear, library_path
+from tests.support.models import BATCH_AND_TOKENS, Requantize, quantized_llama, some_tokens
+from tests.support.processes import run_python
 
-BATCH_AND_TOKENS = ({0: Dim("batch"), 1: Dim("tokens")},)
 SIZES = [(1, 1), (2, 9), (1, 40), (7, 30)]
 
 
@@ -90,19 +88,6 @@ def test_a_saved_program_is_as_small_as_the_packed_model(tmp_path: Path) -> None
 
 
 # --- weights as inputs of a program -----------------------------------------------------------------------------------
-
-
-class Requantize(nn.Module):
-    """Every operator in one program: w to packed bytes, and back, and through a layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.packer = NF4Packer(16)
-
-    def forward(self, w: Tensor, x: Tensor) -> Any:
-        packed, scales = self.packer(w)
-        dense = squish_nf4.dequantize_nf4(packed, scales, 16, dtype=torch.bfloat16)
-        return packed, scales, dense, squish_nf4.linear_nf4(x, packed, scales, None, 16)
 
 
 def test_all_operators_export_with_dynamic_rows_and_batch() -> None:

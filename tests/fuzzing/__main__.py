@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support import ROOT
+
 READERS = str(ROOT / "squish_nf4" / "checkpoint")
 SEEDS = Path(__file__).parent / "corpus"
 BUILD = ROOT / "build" / "fuzz"

@@ -25,7 +25,7 @@ from squish_nf4.checkpoint.directory.npy_header import Header, read_header
 from squish_nf4.checkpoint.directory.npy_reader import open_npy
 from squish_nf4.checkpoint.directory.reader import iter_npy_dir, load_npy_dir
 from squish_nf4.checkpoint.loading.load_into import load_into
-from tests.support.squish_dirs import write_small_dir
+from tests.support.directories import write_small_dir
 
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 

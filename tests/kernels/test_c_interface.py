@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from squish_nf4 import _C
-from tests.conftest import ISAS
-from tests.support.compiling import NATIVE, ROOT, run
+from tests.support import ROOT
+from tests.support.compiling import NATIVE
 from tests.support.cpp_programs import required_cmake
-from tests.support.helpers import ForcedIsa, require
+from tests.support.helpers import ISAS, ForcedIsa, require
+from tests.support.processes import run
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 STRICT_C = ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{ROOT}")
@@ -76,7 +77,7 @@ def test_a_c_program_passes_on_arm64(tmp_path: Path) -> None:
     compiler, qemu = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64")
     require("arm64", shutil.which(compiler) is not None and qemu is not None, f"{compiler} or qemu-aarch64 is missing")
     folder = build(tmp_path, f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_SYSTEM_NAME=Linux")
-    done = run([str(qemu), compile_program(folder, "aarch64-linux-gnu-gcc", "-static")], SQUISH_NF4_ISA="")
+    done = run([str(qemu), compile_program(folder, "aarch64-linux-gnu-gcc", "-static")])
     assert (done.returncode, done.stdout) == (0, "scalar\n"), done.stderr
 
 

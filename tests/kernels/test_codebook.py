@@ -12,9 +12,10 @@ import torch
 
 import squish_nf4
 from squish_nf4 import _C
-from tests.support import reference
-from tests.support.compiling import ROOT, run
+from tests.support import ROOT, reference
+from tests.support.cases import ulps_from
 from tests.support.helpers import require
+from tests.support.processes import run
 
 # fmt: off
 BOUNDARIES = [float.fromhex(digits) for digits in [
@@ -31,14 +32,6 @@ ORACLES = {
 
 def nearest_level(x: np.float32) -> int:
     return int(np.argmin(np.abs(x - reference.LEVELS)))
-
-
-def ulps_from(x: float, steps: int) -> np.float32:
-    """The float32 ``steps`` places above x, or below it if negative."""
-    value = np.float32(x)
-    for _ in range(abs(steps)):
-        value = np.nextafter(value, np.float32(np.inf if steps > 0 else -np.inf))
-    return value
 
 
 def test_levels_are_those_of_the_format() -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from squish_nf4 import _C
-from tests.kernels.test_quantize import GROUP_SIZES, shapes
 from tests.support import reference
+from tests.support.cases import GROUP_SIZES, shapes
 from tests.support.helpers import ForcedIsa
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from squish_nf4 import _C
-from tests.conftest import ISAS
 from tests.support import reference
-from tests.support.compiling import NATIVE, compile_objects, kernel_sources, link, run
+from tests.support.compiling import NATIVE, compile_objects, kernel_sources, link
+from tests.support.helpers import ISAS
+from tests.support.processes import run
 
 EVERY_FLOAT = 2_130_706_434
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import squish_nf4
-from tests.conftest import ISAS
-from tests.support.compiling import ROOT, compile_objects, kernel_sources, run
+from tests.support.compiling import compile_objects, kernel_sources
 from tests.support.disassembly import machine_code, require_x86_disassembler
+from tests.support.helpers import ISAS
+from tests.support.processes import run
 
 # In 64-bit code these first bytes, perhaps after a segment or address prefix, have no other meaning.
 EVEX = re.compile(r"((64|65|67|2e|3e) )*62 ")
@@ -136,7 +137,7 @@ for call in (
     except ValueError as error:
         print(str(error).splitlines()[0])
 """
-    done = run([sys.executable, "-c", program], SQUISH_NF4_ISA=isa, PYTHONPATH=str(ROOT))
+    done = run([sys.executable, "-c", program], SQUISH_NF4_ISA=isa)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

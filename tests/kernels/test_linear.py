@@ -15,8 +15,8 @@ from torch import Tensor
 import squish_nf4
 from squish_nf4 import _C
 from tests.support import reference
-from tests.support.fresh_process import run_python
 from tests.support.helpers import ForcedIsa, relative, require
+from tests.support.processes import run_python
 
 OPS = torch.ops.squish
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from squish_nf4 import _C
-from tests.conftest import ISAS
-from tests.support.compiling import COMPILER, NATIVE, ROOT, compile_objects, kernel_sources, link, run
-from tests.support.helpers import require
+from tests.support import ROOT
+from tests.support.compiling import COMPILER, NATIVE, compile_objects, kernel_sources, link
+from tests.support.helpers import ISAS, require
+from tests.support.processes import run
 
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 ARM64_COMPILER = "aarch64-linux-gnu-g++"
@@ -33,7 +34,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_kernels_pass_as_they_are_shipped(program: Path) -> None:
-    done = run([program])
+    done = run([program], SQUISH_NF4_ISA=_C.cpu_isa())
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == paths_of_this_cpu()
 
@@ -43,7 +44,7 @@ def test_kernels_pass_under_address_and_undefined_behaviour_sanitizers(tmp_path:
     probe.write_text("int main() { return 0; }\n")
     built = run([*COMPILER, *SANITIZE, probe, "-o", tmp_path / "probe"])
     require("sanitizers", built.returncode == 0, f"{COMPILER[0]} does not link the sanitizers: {built.stderr[-300:]}")
-    done = run([build(tmp_path, SANITIZE)])
+    done = run([build(tmp_path, SANITIZE)], SQUISH_NF4_ISA=_C.cpu_isa())
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == paths_of_this_cpu()
 
@@ -84,7 +85,7 @@ def arm64_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_arm64(program: Path, **environment: str) -> tuple[int, str, str]:
     qemu = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     require("arm64", qemu is not None, "qemu-aarch64 is not installed")
-    done = run([str(qemu), program], **{"SQUISH_NF4_ISA": "", **environment})
+    done = run([str(qemu), program], **environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -121,7 +122,7 @@ def test_x86_files_are_empty_on_arm64(tmp_path: Path) -> None:
 def test_an_older_x86_cpu_gets_the_paths_it_can_run(program: Path, cpu: str, paths: list[str]) -> None:
     qemu = shutil.which("qemu-x86_64")
     require("qemu-x86_64", qemu is not None, "qemu-x86_64 is not installed")
-    done = run([str(qemu), "-cpu", cpu, program], SQUISH_NF4_ISA="")
+    done = run([str(qemu), "-cpu", cpu, program])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == paths
 

@@ -6,7 +6,6 @@ Functions named ``check_...`` run in a child process in which one CPU path is fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import hypothesis
 import hypothesis.extra.numpy
@@ -18,12 +17,11 @@ from torch import Tensor
 
 import squish_nf4
 from squish_nf4 import _C
-from tests.kernels.test_codebook import ulps_from
 from tests.support import reference
+from tests.support.cases import shapes, ulps_from
 from tests.support.helpers import ForcedIsa
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-GROUP_SIZES = (1, 2, 3, 16, 32, 64, 100)
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLT_MAX = float(np.finfo(np.float32).max)
 
@@ -46,18 +44,6 @@ def assert_bytes_equal_the_definition(w: Tensor, group_size: int, isa: str) -> N
     bits = scales.numpy().view(np.uint32)  # bits: the NaN that marks a group is always the same one
     np.testing.assert_array_equal(bits, expected_scales.view(np.uint32), err_msg=what, strict=True)
     assert torch.equal(before, w.view(INTEGERS[w.element_size()])), f"w was written to: {what}"
-
-
-def shapes() -> Iterator[tuple[int, int, int]]:
-    """(n, d, group_size)"""
-    for group_size in GROUP_SIZES:
-        block = math.lcm(2, group_size)
-        for d in (0, block, 2 * block, 3 * block, 1030 // block * block):
-            for n in (0, 1, 2, 5):
-                yield n, d, group_size
-    for d in (2, 6, 16, 34, 100, 1026):
-        for n in (0, 1, 3):
-            yield n, d, d
 
 
 def check_shapes(isa: str, dtype: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from squish_nf4 import NF4Linear
 from squish_nf4.nn.packed import PackedWeight
-from tests.support.helpers import through_pickle, through_torch_save
+from tests.support.helpers import require, through_pickle, through_torch_save
 
 SIZES = [(64, 64), (65, 32), (7, 64)]  # in_features, group_size: whole groups, padding, an effective group size
 
@@ -328,8 +328,6 @@ def test_train_and_eval_change_nothing_but_the_flag() -> None:
 
 
 def test_cuda_and_back_is_the_same_layer() -> None:
-    from tests.support.helpers import require
-
     require("cuda", torch.cuda.is_available(), "no GPU")
     layer = make()
     before = copy.deepcopy(layer)

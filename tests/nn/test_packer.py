@@ -12,8 +12,8 @@ from torch import nn
 
 from squish_nf4 import NF4Packer, library_path, quantize_nf4
 from tests.support import reference
-from tests.support.fresh_process import run_python
 from tests.support.helpers import through_pickle, through_torch_save
+from tests.support.processes import run_python
 
 JIT = pytest.mark.filterwarnings("ignore:.torch.jit.[a-z_]+. is deprecated:FutureWarning")
 

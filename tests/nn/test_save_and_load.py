@@ -7,35 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import Tensor, nn
+from torch import nn
 
 from squish_nf4 import NF4Linear, quantize_model
-from tests.support.fresh_process import run_python
-
-
-class Rotary(nn.Module):
-    """Positions, in a buffer that no state_dict holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("positions", torch.arange(16) / 16, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.positions[: x.size(-2), None]
-
-
-class MyModel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 64)
-        self.rotary = Rotary()
-        self.body = nn.Sequential(nn.Linear(64, 130), nn.GELU(), nn.Linear(130, 64, bias=False), nn.LayerNorm(64))
-        self.norm = nn.BatchNorm1d(16, momentum=0.5)
-        self.lm_head = nn.Linear(64, 50)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.lm_head(self.norm(self.body(self.rotary(self.embed(tokens)))))
-
+from tests.support.models import Rotary, Tied, WithBuffers
+from tests.support.processes import run_python
 
 TOKENS = torch.arange(32).reshape(2, 16)
 
@@ -43,11 +19,11 @@ LOAD = """
 import sys, torch
 from safetensors.torch import load_file
 import squish_nf4
-from tests.nn.test_save_and_load import MyModel, Rotary
+from tests.support.models import Rotary, WithBuffers
 state, expected = sys.argv[1:]
 
 with torch.device("meta"):
-    model = MyModel()
+    model = WithBuffers()
 report = squish_nf4.quantize_model(model)
 print(*report.notes)
 model.load_state_dict(load_file(state), strict=True, assign=True)
@@ -69,7 +45,7 @@ print("equal")
 
 
 def test_a_model_saved_here_is_loaded_in_a_fresh_process_bit_for_bit(tmp_path: Path) -> None:
-    model = MyModel()
+    model = WithBuffers()
     model(torch.randint(50, (4, 16)))  # batch statistics that are not the initial ones
     model.eval()
     assert quantize_model(model).notes == ()
@@ -80,23 +56,15 @@ def test_a_model_saved_here_is_loaded_in_a_fresh_process_bit_for_bit(tmp_path: P
     assert printed == ["on meta and in no state_dict, build again after loading: rotary.positions", "equal"]
 
 
-class TiedModel(MyModel):
-    """As language models usually are: the output head is the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lm_head.weight = self.embed.weight
-
-
 LOAD_TIED = """
 import sys, torch
 from safetensors.torch import load_file
 import squish_nf4
-from tests.nn.test_save_and_load import Rotary, TiedModel
+from tests.support.models import Rotary, Tied
 state, expected = sys.argv[1:]
 
 with torch.device("meta"):
-    model = TiedModel()
+    model = Tied()
 squish_nf4.quantize_model(model)
 missing, unexpected = model.load_state_dict(load_file(state), strict=False, assign=True)
 assert (missing, unexpected) == (["lm_head.weight"], [])
@@ -111,7 +79,7 @@ print("equal")
 
 
 def test_a_tied_model_is_saved_once_and_tied_again_in_a_fresh_process(tmp_path: Path) -> None:
-    model = TiedModel().eval()
+    model = Tied().eval()
     quantize_model(model)
     assert model.lm_head.weight is model.embed.weight
     with torch.no_grad():
@@ -123,7 +91,7 @@ def test_a_tied_model_is_saved_once_and_tied_again_in_a_fresh_process(tmp_path: 
 
 
 def test_the_file_holds_the_packed_bytes_and_not_the_dense_weights(tmp_path: Path) -> None:
-    model = MyModel()
+    model = WithBuffers()
     quantize_model(model)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     state = load_file(tmp_path / "model.safetensors")
@@ -135,10 +103,10 @@ def test_the_file_holds_the_packed_bytes_and_not_the_dense_weights(tmp_path: Pat
 
 
 def test_a_state_of_another_group_size_is_refused_by_name_and_nothing_of_it_is_loaded(tmp_path: Path) -> None:
-    saved = MyModel()
+    saved = WithBuffers()
     quantize_model(saved, group_size=16)
     with torch.device("meta"):
-        model = MyModel()
+        model = WithBuffers()
     quantize_model(model, group_size=64)
     with pytest.raises(
         RuntimeError, match=r"NF4Linear 'body.0': packed weight .* do not fit;.*group_size=64"
@@ -149,9 +117,9 @@ def test_a_state_of_another_group_size_is_refused_by_name_and_nothing_of_it_is_l
 
 
 def test_a_dense_state_fills_the_empty_structure_too() -> None:
-    dense = MyModel().eval()
+    dense = WithBuffers().eval()
     with torch.device("meta"):
-        model = MyModel()
+        model = WithBuffers()
     quantize_model(model)
     model.load_state_dict(dense.state_dict(), strict=True, assign=True)
     model.rotary = Rotary()
@@ -160,10 +128,10 @@ def test_a_dense_state_fills_the_empty_structure_too() -> None:
 
 
 def test_a_state_of_a_quantized_model_is_refused_by_the_dense_model() -> None:
-    model = MyModel()
+    model = WithBuffers()
     quantize_model(model)
     with pytest.raises(RuntimeError, match=r"body\.0\.scales"):
-        MyModel().load_state_dict(model.state_dict())
+        WithBuffers().load_state_dict(model.state_dict())
 
 
 def tied_model() -> nn.Sequential:

@@ -17,7 +17,7 @@ from torch.torch_version import TorchVersion
 
 import squish_nf4
 from squish_nf4 import NF4Linear
-from tests.support.llama import quantized_llama, some_tokens
+from tests.support.models import quantized_llama, some_tokens
 
 OPS = torch.ops.squish
 TABLE = squish_nf4.decompositions()

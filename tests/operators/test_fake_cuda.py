@@ -13,9 +13,9 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim, export
 
 from squish_nf4 import NF4Linear, quantize_model, quantize_nf4
-from tests.support.compiling import ROOT
+from tests.support import ROOT
 from tests.support.helpers import require
-from tests.support.llama import VOCABULARY, Llama
+from tests.support.models import VOCABULARY, Llama
 
 OPS = torch.ops.squish
 

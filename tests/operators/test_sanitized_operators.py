@@ -6,15 +6,15 @@ The copy has two more operators with faults in them: a sanitizer that does not r
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
-from tests.support.compiling import COMPILER, ROOT
+from tests.support import ROOT, processes
+from tests.support.compiling import COMPILER
 from tests.support.helpers import require
 
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=vptr"
@@ -53,7 +53,7 @@ FAULTY_CALL = "import squish_nf4, sys, torch; torch.ops.squish_faults.{}(40); pr
 
 def runtime(name: str) -> str | None:
     """The path of a shared library that comes with the compiler."""
-    done = subprocess.run([*COMPILER, f"-print-file-name={name}"], capture_output=True, text=True)
+    done = processes.run([*COMPILER, f"-print-file-name={name}"])
     path = Path(done.stdout.strip())
     return str(path.resolve()) if path.is_absolute() and path.exists() else None
 
@@ -70,18 +70,17 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, folder)
     (folder / "csrc" / "ops" / "faults.cpp").write_text(FAULTS)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    env = os.environ | {"SQUISH_CUDA": "0", "CFLAGS": SANITIZE, "LDFLAGS": SANITIZE, "MAX_JOBS": "2"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    flags = {"CFLAGS": SANITIZE, "LDFLAGS": SANITIZE}
+    done = processes.run(command, cwd=folder, SQUISH_CUDA="0", MAX_JOBS="2", PYTHONPATH="", **flags)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 
 
-def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *args: str) -> CompletedProcess[str]:
     preload = ":".join(str(runtime(name)) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"))
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("SQUISH_", "PYTEST_"))}
     # Leaks are Python's and torch's: they keep what they need until the end.
-    env |= {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run([sys.executable, *args], cwd=folder, env=env, capture_output=True, text=True)
+    env = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return processes.run([sys.executable, *args], cwd=folder, PYTHONPATH=str(folder), **env)
 
 
 @pytest.mark.parametrize(

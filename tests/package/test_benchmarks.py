@@ -19,9 +19,9 @@ from benchmarks.goals import GOALS, Goal
 from benchmarks.measures import error_over, latency, neighbours, per_weight, speed
 from benchmarks.records import COLD, HOT, LIMIT, OURS, PEER, Case, Record, from_json, read, to_json
 from benchmarks.suites.weights import Contender, ours, products, random_weight
-from tests.support.fresh_process import run_python
 from tests.support.helpers import require
-from tests.support.minilm import require_minilm
+from tests.support.models import require_minilm
+from tests.support.processes import run_python
 
 CASE = Case("linear", "linear", "bfloat16", 4096, 4096, 1, threads=2)
 TINY = """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.compiling import ROOT
+from tests.support import ROOT
 
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

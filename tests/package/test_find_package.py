@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 import squish_nf4
 from tests.support.cpp_programs import required_cmake
 from tests.support.helpers import require
+from tests.support.processes import run
 
 PREFIX = Path(squish_nf4.cmake_prefix_path())
 TORCH = Path(torch.__file__).resolve().parent
@@ -34,7 +34,7 @@ def configure(
         'message(STATUS "links ${linked} with ${headers}.")\n'
     )
     command = [str(cmake or required_cmake()), "-S", ".", "-B", "build", f"-DCMAKE_PREFIX_PATH={prefix}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    done = run(command, cwd=folder)
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
@@ -93,7 +93,7 @@ def test_a_relative_torch_starts_where_cmake_was_started(tmp_path: Path) -> None
     configure(tmp_path / "elsewhere", prefix=prefix)  # writes the project; there is no torch to find
     command = [str(required_cmake()), "-S", "elsewhere", "-B", "elsewhere/build", f"-DCMAKE_PREFIX_PATH={prefix}"]
     for again in ([*command, "-DSQUISH_NF4_TORCH=a torch"], [str(required_cmake()), str(tmp_path / "elsewhere/build")]):
-        done = subprocess.run(again, capture_output=True, text=True, cwd=tmp_path if again[1] == "-S" else "/")
+        done = run(again, cwd=tmp_path if again[1] == "-S" else Path("/"))
         assert done.returncode == 0, done.stderr
         assert f"links squish_nf4::torch with {TORCH}/include" in done.stdout
 

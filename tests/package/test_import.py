@@ -9,7 +9,7 @@ import pytest
 
 import squish_nf4
 from squish_nf4 import _build_info, _native
-from tests.support.fresh_process import run_python
+from tests.support.processes import run_python
 
 PACKAGE = Path(squish_nf4.__file__).parent
 REBUILD = "rebuild it for this torch: pip install --no-build-isolation --force-reinstall --no-deps ."

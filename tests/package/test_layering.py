@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.compiling import ROOT
+from tests.support import ROOT
+from tests.support.processes import run_python
 
 CSRC = ROOT / "csrc"
 STANDARD = r"[a-z_]+"  # <array>, <cstdint>: no path, no suffix
@@ -233,8 +232,6 @@ def test_reader_of_imports_sees_them(tmp_path: Path) -> None:
 def test_importing_the_package_loads_nothing_but_torch_and_the_library() -> None:
     absent = {"typer", "rich", "safetensors", "zstandard", "matplotlib", "sentence_transformers", "transformers"}
     program = "import sys, squish_nf4; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded = set(done.stdout.split())
+    loaded = set(run_python(program).split())
     assert {"torch", "squish_nf4"} <= loaded
     assert loaded & absent == set()

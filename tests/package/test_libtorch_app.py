@@ -13,12 +13,11 @@ from torch.export import Dim, export
 
 import squish_nf4
 from squish_nf4.commands.demo.run import model_folder
-from tests.support.commands import squish
-from tests.support.compiling import NATIVE, ROOT
-from tests.support.compiling import run as run_process
+from tests.support import ROOT, processes
+from tests.support.compiling import NATIVE
 from tests.support.cpp_programs import build_without_cmake, required_cmake
-from tests.support.llama import quantized_llama, some_tokens
-from tests.support.minilm import calls, eager_minilm, require_minilm
+from tests.support.models import eager_minilm, minilm_calls, quantized_llama, require_minilm, some_tokens
+from tests.support.processes import squish
 
 PACKAGE = Path(squish_nf4.__file__).parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -33,7 +32,7 @@ def apps(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [cmake, "-S", ROOT / "examples" / "libtorch_app", "-B", folder, *options],
         [cmake, "--build", folder, "-j2"],
     ):
-        done = run_process(command)
+        done = processes.run(command)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -41,7 +40,7 @@ def apps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(apps: Path) -> Run:
     def run_app(name: str, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        return run_process([apps / name, *(str(arg) for arg in args)], **environment)
+        return processes.run([apps / name, *(str(arg) for arg in args)], **environment)
 
     return run_app
 
@@ -69,7 +68,7 @@ def test_the_encoder_of_the_export_command_gives_pythons_bits(run: Run, tmp_path
     done = squish("export", model_folder(), tmp_path / "minilm.pt")
     assert done.returncode == 0, done.stderr
     eager = eager_minilm()
-    for ids, mask in calls((1, 1), (3, 20)):
+    for ids, mask in minilm_calls((1, 1), (3, 20)):
         torch.save((ids, mask), tmp_path / "x.pt")
         done = run("script_app", tmp_path / "minilm.pt", tmp_path / "x.pt", tmp_path / "y.pt")
         assert done.returncode == 0, done.stderr
@@ -195,12 +194,12 @@ def test_the_one_line_of_the_docs_builds_too(tmp_path: Path) -> None:
         "int main() { return std::get<0>(squish::quantize_nf4(at::ones({2, 64}))).size(1) != 32; }\n"
     )
     build_without_cmake(source, tmp_path / "app", PACKAGE)
-    assert run_process([tmp_path / "app"]).returncode == 0
+    assert processes.run([tmp_path / "app"]).returncode == 0
 
 
 def test_an_undefined_tensor_is_named_and_an_undefined_bias_is_none(tmp_path: Path) -> None:
     build_without_cmake(NATIVE / "undefined_tensors.cpp", tmp_path / "app", PACKAGE)
-    done = run_process([tmp_path / "app"])
+    done = processes.run([tmp_path / "app"])
     assert done.returncode == 0, done.stderr
     refused = ["quantize_nf4: w", "dequantize_nf4: packed", "dequantize_nf4: scales", "dequantize_nf4: out"]
     refused += ["dequantize_nf4: packed"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support.commands import run
+from tests.support.processes import run
 
 PROGRAM = """
 import json, sys, torch, squish_nf4

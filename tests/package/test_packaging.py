@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from squish_nf4 import _build_info, library_path
-from tests.support.commands import ROOT, run
+from tests.support import ROOT
 from tests.support.cpp_programs import build_with_cmake, build_without_cmake
 from tests.support.helpers import require
+from tests.support.processes import run
 
 OWN_BUILD = {"SQUISH_CUDA": "1" if _build_info.CUDA_VERSION else "0"}  # another decision would compile again
 TORCH = ".".join(torch.__version__.split(".")[:2])

@@ -19,8 +19,9 @@ import setuptools
 import torch
 
 from squish_nf4 import _build_info, _native, library_path
-from tests.support.commands import HIDE_PACKAGES, ROOT, assert_one_sentence, run
+from tests.support import ROOT
 from tests.support.helpers import require
+from tests.support.processes import HIDE_PACKAGES, assert_one_sentence, run
 
 BUILD = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", "/nonexistent"]
 WITHOUT_TORCH = HIDE_PACKAGES.format(hidden=["torch"])

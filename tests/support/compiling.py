@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+from tests.support.processes import run
+
 NATIVE = ROOT / "tests" / "native"
 COMPILER = tuple(os.environ.get("CXX", "c++").split())
 EXACT = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{ROOT}")  # as setup.py compiles
@@ -18,12 +19,6 @@ EXACT = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{ROOT}")  # 
 
 def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-
-
-def run(command: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
-    """The finished process, its output as text; ``environment`` is added to ours."""
-    words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def compile_objects(

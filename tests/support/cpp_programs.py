@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from tests.support.compiling import run
 from tests.support.helpers import require
+from tests.support.processes import run
 
 TORCH = Path(torch.__file__).resolve().parent
 

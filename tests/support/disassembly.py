@@ -12,8 +12,8 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.compiling import run
 from tests.support.helpers import require
+from tests.support.processes import run
 
 JUMP = re.compile(r"(?:bnd )?j\w+ +([0-9a-f]+) ")
 NOTHING_FOLLOWS = re.compile(r"(?:notrack |bnd )*(?:jmp|ret|ud2|hlt)\b")

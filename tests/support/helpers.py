@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # each has all that stands before it
+
 
 def require(what: str, available: bool, why: str) -> None:
     """Skip the test unless ``available``; fail instead if SQUISH_REQUIRE (a comma-separated list) names ``what``."""

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import squish_nf4
-from tests.support.compiling import NATIVE, ROOT, compile_objects, link, run
+from tests.support import ROOT
+from tests.support.compiling import NATIVE, compile_objects, link
 from tests.support.disassembly import Function, Loop, functions
+from tests.support.processes import run
 
 STORED = Path(__file__).with_suffix(".json")
 EXECUTED_PATHS = ("scalar", "avx2")

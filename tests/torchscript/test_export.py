@@ -16,11 +16,11 @@ from torch._subclasses import FakeTensorMode
 from squish_nf4 import NF4Linear, NF4Packer, export_torchscript
 from squish_nf4.torchscript import export as torchscript
 from squish_nf4.torchscript import trial as fresh_process
-from squish_nf4.torchscript import trial_program as fresh_run
 from squish_nf4.torchscript.calls import Call
 from squish_nf4.torchscript.trial import FreshRun, TorchScriptError
 from tests.support.helpers import require, require_transformers
-from tests.support.llama import quantized_llama, some_tokens
+from tests.support.models import quantized_llama, some_tokens
+from tests.support.scripts import load, run_here
 
 
 class Unscriptable(nn.Module):
@@ -67,22 +67,6 @@ class Random(nn.Module):
 class NoTensor(Unscriptable):
     def forward(self, x: Tensor, **options: Any) -> Any:
         return self.layer(x), "text"
-
-
-def run_here(file: Path, calls: Sequence[Call]) -> FreshRun:
-    """As run_fresh, in this process: for tests of what is done with the results."""
-    module = torch.jit.load(file)
-    return FreshRun(tuple(fresh_run.operators(str(file))), [fresh_run.call(module, *call) for call in calls])
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchscript, "run_fresh", run_here)
-
-
-def load(path: Path) -> Any:
-    with torchscript.torchs_warning_off():
-        return torch.jit.load(path)
 
 
 # --- with a fresh process ---------------------------------------------------------------------------------------------

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from squish_nf4 import NF4Linear, export_torchscript
-from squish_nf4.torchscript import export as torchscript
 from squish_nf4.torchscript.trial import TorchScriptError
-from tests.torchscript.test_export import load, run_here
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchscript, "run_fresh", run_here)
+from tests.support.scripts import load
 
 
 class Pair(NamedTuple):

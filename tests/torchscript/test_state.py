@@ -10,17 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from squish_nf4 import NF4Linear, export_torchscript
-from squish_nf4.torchscript import export as torchscript
 from squish_nf4.torchscript.model_state import state_kept
 from squish_nf4.torchscript.trial import TorchScriptError
-from tests.torchscript.test_export import load, run_here
+from tests.support.scripts import load
 
+pytestmark = pytest.mark.usefixtures("here")
 X = torch.randn(2, 64)
-
-
-@pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchscript, "run_fresh", run_here)
 
 
 class Stateful(nn.Module):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from squish_nf4 import NF4Linear, dequantize_nf4, library_path, quantize_model, quantize_nf4
-from tests.support.fresh_process import run_python
 from tests.support.helpers import require
-from tests.support.llama import quantized_llama, some_tokens
+from tests.support.models import quantized_llama, some_tokens
+from tests.support.processes import run_python
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:.torch\.jit\.[a-z_]+. is deprecated")
 

