@@ -201,8 +201,8 @@ def sources(*folders: str) -> list[str]:
 
 
 def cpu_sources() -> list[str]:
-    """Of the op library; with CUDA it also takes csrc/cuda and csrc/ops/cuda.cpp."""
-    return [source for source in sources("cpu", "ops") if source != "csrc/ops/cuda.cpp"]
+    """Of the op library; with CUDA it also takes csrc/cuda and csrc/ops/cuda*.cpp."""
+    return [source for source in sources("cpu", "ops") if not source.startswith("csrc/ops/cuda")]
 
 
 def write_build_info(folder: Path, cuda: str | None, inplace: bool) -> None:

@@ -23,6 +23,7 @@ from tests.disassembly import Function, Loop, functions
 
 STORED = Path(__file__).with_suffix(".json")
 EXECUTED_PATHS = ("scalar", "avx2")
+EXECUTED_FILES = ("scalar.cpp", "avx2_codec.cpp", "avx2_linear.cpp")
 EXECUTED = tuple(product(EXECUTED_PATHS, ("quantize", "dequantize", "linear", "odd")))
 WEIGHTS = 64 * 1024  # of tests/native/one_kernel.cpp
 RUNS = int(re.findall(r"kRuns = (\d+);", (ROOT / "csrc" / "cpu" / "kernels.h").read_text())[0])
@@ -140,7 +141,7 @@ def executed(program: Path, path: str, what: str, folder: Path) -> float:
 
 
 def compile_program(folder: Path) -> Path:
-    sources = [NATIVE / "one_kernel.cpp", *(ROOT / "csrc" / "cpu" / f"{path}.cpp" for path in EXECUTED_PATHS)]
+    sources = [NATIVE / "one_kernel.cpp", *(ROOT / "csrc" / "cpu" / name for name in EXECUTED_FILES)]
     return link(folder / "one_kernel", compile_objects(folder, sources, ["-O3"]))
 
 

@@ -226,7 +226,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
         if constexpr (std::is_same_v<T, nf4::BFloat16>)
           if (path.linear_bfloat16 != nullptr)
             return multiply<T, T>(*path.linear_bfloat16, rows, p, s, bias_values, group_size, y);
-        multiply<float, T>(kernels().linear, rows, p, s, bias_values, group_size, y);
+        multiply<float, T>(*kernels().linear, rows, p, s, bias_values, group_size, y);
       }
     });
   }

@@ -7,8 +7,8 @@
 #include <string>
 #include <type_traits>
 
+#include "csrc/cpu/tiles.h"
 #include "csrc/nf4/float_bits.h"
-#include "csrc/nf4/tiles.h"
 
 namespace squish::cpu {
 
@@ -61,7 +61,7 @@ struct RowRuns {
 
 // Activations are multiplied in blocks of about equal length, because a short one keeps the processor less busy: its
 // sums are too few to hide how long each multiplication takes.
-constexpr nf4::Tiles blocks_of(int64_t m, int64_t most) { return nf4::cut_rows(m, 1, most); }
+constexpr Tiles blocks_of(int64_t m, int64_t most) { return cut_rows(m, 1, most); }
 
 // Lays out a block of m activations as Multiply reads them.
 //   x: m rows of d values, `stride` apart. columns: whole steps. out: step_elements for each step of each row.
@@ -137,7 +137,7 @@ struct Kernels {
   Survey<double> survey_float64;
   Survey<BFloat16> survey_bfloat16;
   Survey<Float16> survey_float16;
-  LinearKernels<float> linear;
+  const LinearKernels<float>* linear;  // never null
 };
 
 template <typename T>
@@ -173,6 +173,8 @@ Decode<T> decode_kernel(const Kernels& kernels, Stores stores = Stores::kCached)
 }
 
 extern const Kernels kScalarKernels;
+extern const LinearKernels<float> kAvx2Linear;           // x86-64 only
+extern const LinearKernels<float> kAvx512Linear;         // x86-64 only
 extern const Kernels kAvx2Kernels;                       // x86-64 only
 extern const Kernels kAvx512Kernels;                     // x86-64 only
 extern const LinearKernels<BFloat16> kAvx512Bf16Linear;  // x86-64 only

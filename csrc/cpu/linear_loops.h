@@ -15,7 +15,7 @@
 // Both factors are laid out alike, in half steps: a step is 2 * kLanes columns, its first half the even ones and its
 // second the odd ones, as a byte holds them. Each half step holds kLanes elements of every row, one row after another.
 //
-// Included inside a path's target region, like group_loops.h: everything here is a template over V or has internal
+// Included inside a path's target region, like codec_loops.h: everything here is a template over V or has internal
 // linkage, and what it includes has been included before the region began.
 #pragma once
 

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "csrc/cpu/group_loops.h"
+#include "csrc/cpu/codec_loops.h"
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/linear_loops.h"
 
@@ -129,8 +129,10 @@ struct ScalarFloats {
   }
 };
 
+constinit const LinearKernels<float> kScalarLinear = linear_kernels_of<ScalarFloats>();
+
 }  // namespace
 
-constinit const Kernels kScalarKernels = kernels_of_path<ScalarPath>(linear_kernels_of<ScalarFloats>());
+constinit const Kernels kScalarKernels = kernels_of_path<ScalarPath>(&kScalarLinear);
 
 }  // namespace squish::cpu

@@ -10,9 +10,9 @@
 #include <cmath>
 
 #include "csrc/cpu/linear.h"
-#include "csrc/nf4/tiles.h"
+#include "csrc/cpu/tiles.h"
 #include "csrc/ops/checks.h"
-#include "csrc/ops/cpu_rows.h"
+#include "csrc/ops/cpu_matrix.h"
 #include "csrc/ops/weight_tiles.h"
 
 namespace squish::ops {
@@ -40,7 +40,7 @@ void multiply(const cpu::LinearKernels<Element>& kernels, const Tensor& x, const
   T* out = static_cast<T*>(y.mutable_data_ptr());
   for (int64_t stretch = 0; stretch < stretches; ++stretch) {
     const int64_t first = stretch * m / stretches, count = (stretch + 1) * m / stretches - first;
-    const nf4::Tiles blocks = cpu::blocks_of(count, kernels.block);
+    const cpu::Tiles blocks = cpu::blocks_of(count, kernels.block);
     const int64_t work = std::max<int64_t>(1, blocks.rows * padded);
     parallel_for(0, blocks.count, std::max<int64_t>(1, kMultipliesPerThread / work), [&](int64_t begin, int64_t end) {
       const cpu::DefaultFloatEnvironment environment;
@@ -123,7 +123,7 @@ void multiply_in_the_fastest_type(const cpu::Selection& path, const Tensor& x, c
     if (x.size(0) <= cpu::kMostInt16Activations && path.linear_int16 != nullptr &&
         path.linear_int16->takes(packed.size(1) * 2, group_size) && suit_int16<T>(x))
       return multiply<int16_t, T>(*path.linear_int16, x, packed, scales, bias, group_size, y);
-  multiply<float, T>(path.kernels->linear, x, packed, scales, bias, group_size, y);
+  multiply<float, T>(*path.kernels->linear, x, packed, scales, bias, group_size, y);
 }
 
 Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,

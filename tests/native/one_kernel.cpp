@@ -23,7 +23,7 @@ void linear(const cpu::Kernels& kernels, int64_t columns, int64_t group) {
     runs.packed[run] = packed + run * runs.rows * columns / 2;
     runs.scales[run] = scales + run * runs.rows * columns / group;
   }
-  kernels.linear.multiply(runs, columns, group, x, 1, scratch, sums);
+  kernels.linear->multiply(runs, columns, group, x, 1, scratch, sums);
 }
 
 }  // namespace

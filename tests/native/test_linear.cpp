@@ -7,8 +7,8 @@
 
 #include "csrc/cpu/group_cursor.h"
 #include "csrc/cpu/linear.h"
+#include "csrc/cpu/tiles.h"
 #include "csrc/nf4/codec.h"
-#include "csrc/nf4/tiles.h"
 #include "tests/native/support.h"
 
 namespace test {
@@ -73,7 +73,7 @@ std::vector<T> multiply(const cpu::LinearKernels<Element>& kernels, const Weight
   return {y.data(), y.data() + m * w.rows};
 }
 
-// Half a unit of a level and half a unit of an activation, of magnitudes up to 1 (csrc/cpu/avx2_int16.cpp).
+// Half a unit of a level and half a unit of an activation, of magnitudes up to 1 (csrc/cpu/avx2_linear_int16.cpp).
 constexpr double kInt16Error = 0.5 / 16384 + 0.5 / 8192 + 1e-8;
 
 template <typename Element>
@@ -214,10 +214,10 @@ void check_linear() {
       check_infinite_scale(path.name, *path.linear_bfloat16, random);
       continue;  // everything else is the path's before it
     }
-    check_path<float, float>(path.name, path.kernels->linear, random);
-    check_infinite_scale(path.name, path.kernels->linear, random);
-    check_path<float, BFloat16>(path.name, path.kernels->linear, random);
-    check_path<float, Float16>(path.name, path.kernels->linear, random);
+    check_path<float, float>(path.name, *path.kernels->linear, random);
+    check_infinite_scale(path.name, *path.kernels->linear, random);
+    check_path<float, BFloat16>(path.name, *path.kernels->linear, random);
+    check_path<float, Float16>(path.name, *path.kernels->linear, random);
   }
 }
 
@@ -228,7 +228,7 @@ void check_tiles() {
   for (int round = 0; round < 200000; ++round) {
     const int64_t n = random.bits() % (round % 2 ? 40 : 1u << 20), row_bytes = random.bits() % (1u << (round % 28));
     const int64_t budget = random.bits() % (1u << (round % 27));
-    const nf4::Tiles tiles = nf4::cut_rows(n, row_bytes, budget);
+    const cpu::Tiles tiles = cpu::cut_rows(n, row_bytes, budget);
     if (n == 0) {
       CHECK(tiles.rows == 0 && tiles.count == 0, "tiles of nothing");
       continue;

@@ -1,5 +1,5 @@
 // Few 16-bit activations on AVX2, multiplied in int16: two byte look-ups make a level, one instruction multiplies and
-// adds pairs. Up to twice as fast as the float32 registers of avx2.cpp, and far more exact than bfloat16
+// adds pairs. Up to twice as fast as the float32 registers of avx2_linear.cpp, and far more exact than bfloat16
 // (docs/numerics.md).
 //
 // Levels are kLevelOne-ths and activations kActivationOne-ths of the largest magnitude of their 64 columns. A lane adds

@@ -101,7 +101,7 @@ RowSurvey survey_row(const T* w, const uint8_t* packed, const float* scales, int
 }
 
 template <class Path>
-constexpr Kernels kernels_of_path(const LinearKernels<float>& linear) {
+constexpr Kernels kernels_of_path(const LinearKernels<float>* linear) {
   return {
       &encode_groups<Path, float>,
       &encode_groups<Path, double>,

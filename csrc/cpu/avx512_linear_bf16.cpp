@@ -1,5 +1,5 @@
 // The linear layer in bfloat16 where the processor multiplies it (AVX512_BF16): two products and their sum in one
-// instruction, added to a float32. 64 columns a step. Everything else of the avx512_bf16 path is avx512.cpp's.
+// instruction, added to a float32. 64 columns a step. Everything else of the avx512_bf16 path is that of avx512.
 #if defined(__x86_64__)
 
 #include "csrc/cpu/kernels.h"

@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "csrc/ops/checks.h"
-#include "csrc/ops/cpu_rows.h"
+#include "csrc/ops/cpu_matrix.h"
 
 namespace squish::ops {
 namespace {
