@@ -6,22 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from squish_nf4 import _C
 from tests.helpers import ForcedIsa, require
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS: tuple[str, ...] = _C.cpu_isas()
 
 
-def _best_isa() -> str:
-    from squish_nf4 import _C
-
-    return str(_C.cpu_isa())
+def require_isa(isa: str) -> None:
+    require(isa, isa in _C.cpu_isas(available=True), f"this CPU's best path is {_C.cpu_isa()}")
 
 
 @pytest.fixture(params=ISAS, scope="session")
 def forced_isa(request: pytest.FixtureRequest) -> Iterator[ForcedIsa]:
     """Each CPU path in turn, in a process of its own: ``forced_isa(function, *args)``."""
-    best = _best_isa()
-    require(request.param, ISAS.index(request.param) <= ISAS.index(best), f"this CPU's best path is {best}")
+    require_isa(request.param)
     forced = ForcedIsa(request.param)
     yield forced
     forced.close()

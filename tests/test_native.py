@@ -10,7 +10,6 @@ import pytest
 
 from squish_nf4 import _C
 from tests.compiling import COMPILER, NATIVE, ROOT, compile_objects, kernel_sources, link, run
-from tests.conftest import ISAS
 from tests.helpers import require
 
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -24,7 +23,7 @@ def build(folder: Path, flags: Sequence[str], compiler: Sequence[str] = COMPILER
 
 
 def paths_of_this_cpu() -> list[str]:
-    return list(ISAS[: ISAS.index(_C.cpu_isa()) + 1])
+    return list(_C.cpu_isas(available=True))
 
 
 @pytest.fixture(scope="module")

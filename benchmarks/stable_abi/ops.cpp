@@ -12,9 +12,8 @@
 #include <tuple>
 #include <vector>
 
+#include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/float_environment.h"
-#include "csrc/cpu/kernels.h"
-#include "csrc/cpu/linear.h"
 
 namespace squish::stable {
 namespace {
@@ -102,10 +101,10 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& 
 
 Tensor in_one_piece(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-const cpu::Kernels& kernels() {
+const cpu::Path& path() {
   const cpu::Selection& selection = cpu::selection();
   if (!selection.error.empty()) throw ValueError(selection.error);
-  return *selection.kernels;
+  return *selection.path;
 }
 
 // Calls with(T{}) for the type that a dtype's values are stored in.
@@ -142,9 +141,10 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size
     with_storage_type(w.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       const T* values = static_cast<const T*>(w.const_data_ptr());
-      for_each_stretch(n * d, group_size, [&, encode = cpu::encode_kernel<T>(kernels())](int64_t at, int64_t count) {
-        encode(values + at, count, group_size, bytes + at / 2, scale + at / group_size);
-      });
+      for_each_stretch(n * d, group_size,
+                       [&, encode = cpu::encode_kernel<T>(*path().kernels)](int64_t at, int64_t count) {
+                         encode(values + at, count, group_size, bytes + at / 2, scale + at / group_size);
+                       });
     });
   }
   return {packed, scales};
@@ -159,7 +159,7 @@ void decode(const Tensor& packed, const Tensor& scales, int64_t group_size, cons
     if constexpr (!std::is_same_v<T, double>) {
       T* values = static_cast<T*>(out.mutable_data_ptr());
       for_each_stretch(out.numel(), group_size,
-                       [&, kernel = cpu::decode_kernel<T>(kernels())](int64_t at, int64_t count) {
+                       [&, kernel = cpu::decode_kernel<T>(*path().kernels)](int64_t at, int64_t count) {
                          kernel(bytes + at / 2, scale + at / group_size, 0, count, group_size, values + at);
                        });
     }
@@ -222,11 +222,10 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
       using T = decltype(zero);
       if constexpr (!std::is_same_v<T, double>) {
         const Tensor rows = in_one_piece(x), p = in_one_piece(packed), s = in_one_piece(scales);
-        const cpu::Selection& path = cpu::selection();
         if constexpr (std::is_same_v<T, nf4::BFloat16>)
-          if (path.linear_bfloat16 != nullptr)
-            return multiply<T, T>(*path.linear_bfloat16, rows, p, s, bias_values, group_size, y);
-        multiply<float, T>(*kernels().linear, rows, p, s, bias_values, group_size, y);
+          if (path().linear_bfloat16 != nullptr)
+            return multiply<T, T>(*path().linear_bfloat16, rows, p, s, bias_values, group_size, y);
+        multiply<float, T>(*path().linear, rows, p, s, bias_values, group_size, y);
       }
     });
   }

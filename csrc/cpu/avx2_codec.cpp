@@ -1,12 +1,7 @@
 // The codec on AVX2 (with FMA and F16C): eight columns a step; what is left of a group goes through the plain codec.
 #if defined(__x86_64__)
 
-#include <cstring>
-
-#include "csrc/cpu/kernels.h"
-#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
-#include "csrc/nf4/codec.h"
 
 SQUISH_TARGET_REGION("avx2,fma,f16c")
 #include "csrc/cpu/avx2.h"
@@ -200,7 +195,7 @@ struct Avx2Path {
 
 }  // namespace
 
-constinit const Kernels kAvx2Kernels = kernels_of_path<Avx2Path>(&kAvx2Linear);
+constinit const Kernels kAvx2Kernels = kernels_of_path<Avx2Path>();
 
 }  // namespace squish::cpu
 SQUISH_END_TARGET_REGION

@@ -1,12 +1,7 @@
 // The linear layer in float32 on AVX2 (with FMA and F16C): eight lanes, sixteen columns a step.
 #if defined(__x86_64__)
 
-#include <cstring>
-
-#include "csrc/cpu/kernels.h"
-#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
-#include "csrc/nf4/codec.h"
 
 SQUISH_TARGET_REGION("avx2,fma,f16c")
 #include "csrc/cpu/avx2.h"

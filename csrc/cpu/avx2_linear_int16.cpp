@@ -8,12 +8,8 @@
 
 #include <array>
 #include <cmath>
-#include <cstring>
 
-#include "csrc/cpu/kernels.h"
-#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
-#include "csrc/nf4/codec.h"
 
 namespace squish::cpu::avx2 {
 namespace {

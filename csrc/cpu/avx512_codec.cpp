@@ -2,10 +2,7 @@
 #if defined(__x86_64__)
 
 #include "csrc/cpu/bucket_index.h"
-#include "csrc/cpu/kernels.h"
-#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
-#include "csrc/nf4/codec.h"
 
 SQUISH_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "csrc/cpu/avx512.h"
@@ -192,7 +189,7 @@ struct Avx512Path {
 
 }  // namespace
 
-constinit const Kernels kAvx512Kernels = kernels_of_path<Avx512Path>(&kAvx512Linear);
+constinit const Kernels kAvx512Kernels = kernels_of_path<Avx512Path>();
 
 }  // namespace squish::cpu
 SQUISH_END_TARGET_REGION

@@ -1,10 +1,7 @@
 // The linear layer in float32 on AVX-512 (F, BW, DQ, VL): sixteen lanes, 32 columns a step.
 #if defined(__x86_64__)
 
-#include "csrc/cpu/kernels.h"
-#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
-#include "csrc/nf4/codec.h"
 
 SQUISH_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "csrc/cpu/avx512.h"

@@ -2,10 +2,7 @@
 // instruction, added to a float32. 64 columns a step. Everything else of the avx512_bf16 path is that of avx512.
 #if defined(__x86_64__)
 
-#include "csrc/cpu/kernels.h"
-#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
-#include "csrc/nf4/codec.h"
 
 SQUISH_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #include "csrc/cpu/avx512.h"

@@ -10,11 +10,7 @@
 // templates over a local type, they stay in its object file.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-
-#include "csrc/cpu/kernels.h"
-#include "csrc/nf4/codec.h"
+#include "csrc/cpu/target_region.h"
 
 namespace squish::cpu {
 
@@ -101,7 +97,7 @@ RowSurvey survey_row(const T* w, const uint8_t* packed, const float* scales, int
 }
 
 template <class Path>
-constexpr Kernels kernels_of_path(const LinearKernels<float>* linear) {
+constexpr Kernels kernels_of_path() {
   return {
       &encode_groups<Path, float>,
       &encode_groups<Path, double>,
@@ -117,7 +113,6 @@ constexpr Kernels kernels_of_path(const LinearKernels<float>* linear) {
       &survey_row<Path, double>,
       &survey_row<Path, BFloat16>,
       &survey_row<Path, Float16>,
-      linear,
   };
 }
 

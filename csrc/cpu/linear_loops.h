@@ -20,7 +20,7 @@
 #pragma once
 
 #include "csrc/cpu/group_cursor.h"
-#include "csrc/cpu/linear_headers.h"
+#include "csrc/cpu/target_region.h"
 
 namespace squish::cpu {
 

@@ -1,9 +1,7 @@
 // The plain path: runs anywhere, and is what the other paths must equal bit for bit.
-#include <algorithm>
 #include <cmath>
 
 #include "csrc/cpu/codec_loops.h"
-#include "csrc/cpu/kernels.h"
 #include "csrc/cpu/linear_loops.h"
 
 namespace squish::cpu {
@@ -129,10 +127,9 @@ struct ScalarFloats {
   }
 };
 
-constinit const LinearKernels<float> kScalarLinear = linear_kernels_of<ScalarFloats>();
-
 }  // namespace
 
-constinit const Kernels kScalarKernels = kernels_of_path<ScalarPath>(&kScalarLinear);
+constinit const Kernels kScalarKernels = kernels_of_path<ScalarPath>();
+constinit const LinearKernels<float> kScalarLinear = linear_kernels_of<ScalarFloats>();
 
 }  // namespace squish::cpu

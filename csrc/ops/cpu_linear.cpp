@@ -85,9 +85,9 @@ void multiply_by_aten(const cpu::Kernels& kernels, const Tensor& x, const Tensor
 
 // ATen adds a bias in its own dtype, and has to be clearly faster to be worth another order of summation: with AMX it
 // is; without, from some point on it makes no difference (docs/benchmarks), and the route stays tested everywhere.
-bool aten_multiplies(const cpu::Selection& path, const Tensor& x, const Tensor& bias, int64_t m) {
+bool aten_multiplies(const cpu::Path& path, const Tensor& x, const Tensor& bias, int64_t m) {
   return x.scalar_type() == at::kBFloat16 && path.linear_bfloat16 != nullptr &&
-         (!bias.defined() || bias.scalar_type() == at::kBFloat16) && m >= (path.has_amx ? 32 : 4096);
+         (!bias.defined() || bias.scalar_type() == at::kBFloat16) && m >= (cpu::selection().has_amx ? 32 : 4096);
 }
 
 // Whether integers of 14 bits hold these activations about as well as T does: they are units of the largest magnitude
@@ -114,8 +114,8 @@ bool suit_int16(const Tensor& x) {
 
 // y by the fastest kernels that this processor has for T, m and these groups.
 template <typename T>
-void multiply_in_the_fastest_type(const cpu::Selection& path, const Tensor& x, const Tensor& packed,
-                                  const Tensor& scales, const float* bias, int64_t group_size, const Tensor& y) {
+void multiply_in_the_fastest_type(const cpu::Path& path, const Tensor& x, const Tensor& packed, const Tensor& scales,
+                                  const float* bias, int64_t group_size, const Tensor& y) {
   if constexpr (std::is_same_v<T, nf4::BFloat16>)
     if (path.linear_bfloat16 != nullptr)
       return multiply<T, T>(*path.linear_bfloat16, x, packed, scales, bias, group_size, y);
@@ -123,7 +123,7 @@ void multiply_in_the_fastest_type(const cpu::Selection& path, const Tensor& x, c
     if (x.size(0) <= cpu::kMostInt16Activations && path.linear_int16 != nullptr &&
         path.linear_int16->takes(packed.size(1) * 2, group_size) && suit_int16<T>(x))
       return multiply<int16_t, T>(*path.linear_int16, x, packed, scales, bias, group_size, y);
-  multiply<float, T>(*path.kernels->linear, x, packed, scales, bias, group_size, y);
+  multiply<float, T>(*path.linear, x, packed, scales, bias, group_size, y);
 }
 
 Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
@@ -133,7 +133,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   const int64_t n = packed.size(0), d = x.size(-1);
   Tensor result = at::empty(C10_AS_INTARRAYREF_SLOW(with_last_dim(x, n)), x.options());
   if (result.numel() == 0) return result;
-  const cpu::Selection& path = selected();
+  const cpu::Path& path = selected();
   const int64_t m = result.numel() / n;
   const Tensor rows = x.reshape({m, d}), y = result.view({m, n});
   const Tensor activations = rows.stride(1) == 1 ? rows : rows.contiguous();
@@ -176,7 +176,7 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
   if (n == 0) return at::zeros(C10_AS_INTARRAYREF_SLOW(shape), dy.options());
   Tensor result = at::empty(C10_AS_INTARRAYREF_SLOW(shape), dy.options());
   if (result.numel() == 0) return result;
-  const cpu::Selection& path = selected();
+  const cpu::Path& path = selected();
   const int64_t m = dy.numel() / n;
   const Tensor rows = dy.reshape({m, n}), dx = result.view({m, d});
   const Tensor bytes = packed.contiguous(), scale = scales.contiguous();

@@ -6,8 +6,8 @@
 
 #include <numeric>
 
+#include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/float_environment.h"
-#include "csrc/cpu/kernels.h"
 #include "csrc/ops/parallel.h"
 #include "csrc/ops/storage_types.h"
 
@@ -18,10 +18,10 @@ using at::Tensor;
 inline constexpr int64_t kColumnsPerThread = 32768;  // below this a second thread costs more than it saves
 
 // The selected path; refuses to compute anything if SQUISH_NF4_ISA asks for one that is not there.
-inline const cpu::Selection& selected() {
+inline const cpu::Path& selected() {
   const cpu::Selection& selection = cpu::selection();
   TORCH_CHECK_VALUE(selection.error.empty(), selection.error);
-  return selection;
+  return *selection.path;
 }
 
 // Calls run(first_column, columns) for stretches of the n*d columns of a matrix, counted row by row. A stretch is a

@@ -6,7 +6,7 @@
 #include <torch/csrc/api/include/torch/version.h>
 #endif
 
-#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/dispatch.h"
 #include "csrc/nf4/codebook.h"
 
 namespace py = pybind11;
@@ -27,7 +27,24 @@ py::tuple as_tuple(const Floats& floats) {
 std::string cpu_isa() {
   const cpu::Selection& selection = cpu::selection();
   if (!selection.error.empty()) throw py::value_error(selection.error);
-  return cpu::isa_name(selection.isa);
+  return selection.path->name;
+}
+
+py::tuple cpu_isas(bool available) {
+  py::list names;
+  for (const cpu::Path& path : cpu::paths())
+    if (!available || cpu::is_available(path)) names.append(path.name);
+  return py::tuple(names);
+}
+
+py::tuple cpu_features(const std::string& isa) {
+  for (const cpu::Path& path : cpu::paths()) {
+    if (isa != path.name) continue;
+    py::list names;
+    for (const cpu::Feature& feature : path.needs) names.append(feature.name);
+    return py::tuple(names);
+  }
+  throw py::value_error("isa must be " + cpu::path_names() + ", got '" + isa + "'");
 }
 
 py::dict build_info() {
@@ -55,7 +72,12 @@ PYBIND11_MODULE(_C, m) {
       "boundaries", [] { return as_tuple(nf4::kBoundaries); },
       "The 15 boundaries: a quotient has as many of them below it as its level's index says.");
   m.def("cpu_isa", &cpu_isa,
-        "The CPU path of this process: scalar, avx2, avx512 or avx512_bf16. Raises ValueError if SQUISH_NF4_ISA names "
-        "something unknown or missing.");
+        "The CPU path of this process, one of cpu_isas(). Raises ValueError if SQUISH_NF4_ISA names something unknown "
+        "or missing.");
+  m.def("cpu_isas", &cpu_isas, py::arg("available") = false,
+        "The names of the CPU paths that SQUISH_NF4_ISA takes. Those of one architecture ascend. available: only those "
+        "that this CPU has, up to the one of this process.");
+  m.def("cpu_features", &cpu_features, py::arg("isa"),
+        "What a CPU path needs, as /proc/cpuinfo calls it; nothing for a path of another architecture.");
   m.def("build_info", &build_info, "A dict: compiler, torch and cuda (None for a CPU build).");
 }

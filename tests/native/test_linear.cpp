@@ -214,10 +214,10 @@ void check_linear() {
       check_infinite_scale(path.name, *path.linear_bfloat16, random);
       continue;  // everything else is the path's before it
     }
-    check_path<float, float>(path.name, *path.kernels->linear, random);
-    check_infinite_scale(path.name, *path.kernels->linear, random);
-    check_path<float, BFloat16>(path.name, *path.kernels->linear, random);
-    check_path<float, Float16>(path.name, *path.kernels->linear, random);
+    check_path<float, float>(path.name, *path.linear, random);
+    check_infinite_scale(path.name, *path.linear, random);
+    check_path<float, BFloat16>(path.name, *path.linear, random);
+    check_path<float, Float16>(path.name, *path.linear, random);
   }
 }
 
