@@ -83,11 +83,11 @@ def test_objects_hold_the_instructions_of_their_path_and_no_others(objects: dict
     ("name", "loop"),
     [
         ("avx2_codec", "encode_groups"),
-        ("avx2_linear", "multiply_rows"),
-        ("avx2_linear_int16", "multiply_row"),
+        ("avx2_linear", "dot_products"),
+        ("avx2_linear_int16", "dot_products_of_row"),
         ("avx512_codec", "encode_groups"),
-        ("avx512_linear", "multiply_rows"),
-        ("avx512_linear_bf16", "multiply_rows"),
+        ("avx512_linear", "dot_products"),
+        ("avx512_linear_bf16", "dot_products"),
     ],
 )
 def test_vector_objects_define_no_function_that_the_linker_could_share(

@@ -141,10 +141,9 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size
     with_storage_type(w.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       const T* values = static_cast<const T*>(w.const_data_ptr());
-      for_each_stretch(n * d, group_size,
-                       [&, encode = cpu::encode_kernel<T>(*path().kernels)](int64_t at, int64_t count) {
-                         encode(values + at, count, group_size, bytes + at / 2, scale + at / group_size);
-                       });
+      for_each_stretch(n * d, group_size, [&, encode = path().codec<T>().encode](int64_t at, int64_t count) {
+        encode(values + at, count, group_size, bytes + at / 2, scale + at / group_size);
+      });
     });
   }
   return {packed, scales};
@@ -158,10 +157,9 @@ void decode(const Tensor& packed, const Tensor& scales, int64_t group_size, cons
     using T = decltype(zero);
     if constexpr (!std::is_same_v<T, double>) {
       T* values = static_cast<T*>(out.mutable_data_ptr());
-      for_each_stretch(out.numel(), group_size,
-                       [&, kernel = cpu::decode_kernel<T>(*path().kernels)](int64_t at, int64_t count) {
-                         kernel(bytes + at / 2, scale + at / group_size, 0, count, group_size, values + at);
-                       });
+      for_each_stretch(out.numel(), group_size, [&, kernel = path().codec<T>().decode](int64_t at, int64_t count) {
+        kernel(bytes + at / 2, scale + at / group_size, 0, count, group_size, values + at);
+      });
     }
   });
 }
@@ -188,16 +186,16 @@ void multiply(const cpu::LinearKernels<Element>& linear, const Tensor& x, const 
     const cpu::DefaultFloatEnvironment environment;
     cpu::pack_activations(linear, static_cast<const T*>(x.const_data_ptr()), m, d, d, columns, 0, m, activations);
   }
-  const cpu::LinearTask<Element, T> task{linear,
-                                         static_cast<const uint8_t*>(packed.const_data_ptr()),
-                                         static_cast<const float*>(scales.const_data_ptr()),
-                                         columns,
-                                         group_size,
-                                         activations,
-                                         m,
-                                         bias,
-                                         static_cast<T*>(y.mutable_data_ptr()),
-                                         n};
+  const cpu::LinearTask<Element, T> task{.kernels = linear,
+                                         .packed = static_cast<const uint8_t*>(packed.const_data_ptr()),
+                                         .scales = static_cast<const float*>(scales.const_data_ptr()),
+                                         .columns = columns,
+                                         .group_size = group_size,
+                                         .x = activations,
+                                         .m = m,
+                                         .bias = bias,
+                                         .y = static_cast<T*>(y.mutable_data_ptr()),
+                                         .y_stride = n};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
     const cpu::DefaultFloatEnvironment environment;

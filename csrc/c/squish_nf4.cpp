@@ -41,15 +41,15 @@ int32_t check(const Matrix& m, const void* dense, const void* packed, const void
 template <typename T>
 void quantize(const Matrix& m, const void* w, uint8_t* packed, float* scales) {
   const int64_t at = m.first_column();
-  cpu::encode_kernel<T> (*cpu::selection().path->kernels)(static_cast<const T*>(w) + at, m.columns(), m.group_size,
-                                                          packed + at / 2, scales + at / m.group_size);
+  const auto& codec = cpu::selection().path->codec<T>();
+  codec.encode(static_cast<const T*>(w) + at, m.columns(), m.group_size, packed + at / 2, scales + at / m.group_size);
 }
 
 template <typename T>
 void dequantize(const Matrix& m, const uint8_t* packed, const float* scales, void* out) {
   const int64_t at = m.first_column();
-  cpu::decode_kernel<T> (*cpu::selection().path->kernels)(packed + at / 2, scales + at / m.group_size, 0, m.columns(),
-                                                          m.group_size, static_cast<T*>(out) + at);
+  const auto& codec = cpu::selection().path->codec<T>();
+  codec.decode(packed + at / 2, scales + at / m.group_size, 0, m.columns(), m.group_size, static_cast<T*>(out) + at);
 }
 
 }  // namespace

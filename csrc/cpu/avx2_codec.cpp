@@ -195,7 +195,7 @@ struct Avx2Path {
 
 }  // namespace
 
-constinit const Kernels kAvx2Kernels = kernels_of_path<Avx2Path>();
+constinit const Codecs kAvx2Codecs = codecs_of<Avx2Path>();
 
 }  // namespace squish::cpu
 SQUISH_END_TARGET_REGION

@@ -72,7 +72,7 @@ struct Avx2Floats {
 
 }  // namespace
 
-constinit const LinearKernels<float> kAvx2Linear = linear_kernels_of<Avx2Floats>();
+constinit const LinearKernels<float> kAvx2Linear = linear_kernels_of<Avx2Floats, float, BFloat16, Float16>();
 
 }  // namespace squish::cpu
 SQUISH_END_TARGET_REGION

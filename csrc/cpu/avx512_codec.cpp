@@ -189,7 +189,7 @@ struct Avx512Path {
 
 }  // namespace
 
-constinit const Kernels kAvx512Kernels = kernels_of_path<Avx512Path>();
+constinit const Codecs kAvx512Codecs = codecs_of<Avx512Path>();
 
 }  // namespace squish::cpu
 SQUISH_END_TARGET_REGION

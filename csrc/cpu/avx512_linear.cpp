@@ -70,7 +70,7 @@ struct Avx512Floats {
 
 }  // namespace
 
-constinit const LinearKernels<float> kAvx512Linear = linear_kernels_of<Avx512Floats>();
+constinit const LinearKernels<float> kAvx512Linear = linear_kernels_of<Avx512Floats, float, BFloat16, Float16>();
 
 }  // namespace squish::cpu
 SQUISH_END_TARGET_REGION

@@ -99,14 +99,7 @@ struct Avx512BFloats {
 
 }  // namespace
 
-constinit const LinearKernels<BFloat16> kAvx512Bf16Linear = {
-    2 * Avx512BFloats::kLanes,
-    2 * Avx512BFloats::kLanes,
-    Avx512BFloats::kBlock,
-    nullptr,
-    {&pack_rows<Avx512BFloats, BFloat16>},
-    &multiply_rows<Avx512BFloats>,
-};
+constinit const LinearKernels<BFloat16> kAvx512Bf16Linear = linear_kernels_of<Avx512BFloats, BFloat16>();
 
 }  // namespace squish::cpu
 SQUISH_END_TARGET_REGION

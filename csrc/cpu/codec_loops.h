@@ -96,24 +96,18 @@ RowSurvey survey_row(const T* w, const uint8_t* packed, const float* scales, int
   return found;
 }
 
+template <class Path, typename T>
+constexpr Codec<T> codec_of() {
+  return {.encode = &encode_groups<Path, T>,
+          .decode = &decode_columns<Path, Stores::kCached, T>,
+          .decode_past_caches = &decode_columns<Path, Stores::kPastCaches, T>,
+          .survey = &survey_row<Path, T>};
+}
+
 template <class Path>
-constexpr Kernels kernels_of_path() {
-  return {
-      &encode_groups<Path, float>,
-      &encode_groups<Path, double>,
-      &encode_groups<Path, BFloat16>,
-      &encode_groups<Path, Float16>,
-      &decode_columns<Path, Stores::kCached, float>,
-      &decode_columns<Path, Stores::kCached, BFloat16>,
-      &decode_columns<Path, Stores::kCached, Float16>,
-      &decode_columns<Path, Stores::kPastCaches, float>,
-      &decode_columns<Path, Stores::kPastCaches, BFloat16>,
-      &decode_columns<Path, Stores::kPastCaches, Float16>,
-      &survey_row<Path, float>,
-      &survey_row<Path, double>,
-      &survey_row<Path, BFloat16>,
-      &survey_row<Path, Float16>,
-  };
+constexpr Codecs codecs_of() {
+  return {codec_of<Path, float>(), codec_of<Path, BFloat16>(), codec_of<Path, Float16>(),
+          Codec<double>{.encode = &encode_groups<Path, double>, .survey = &survey_row<Path, double>}};
 }
 
 }  // namespace squish::cpu

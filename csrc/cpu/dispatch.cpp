@@ -52,17 +52,17 @@ bool has_amx_bf16() { return false; }
 #endif
 
 constinit const std::array kPaths = {
-    Path{.name = "scalar", .kernels = &kScalarKernels, .linear = &kScalarLinear},
+    Path{.name = "scalar", .codecs = &kScalarCodecs, .linear = &kScalarLinear},
 #if defined(__x86_64__)
     Path{.name = "avx2",
          .needs = kAvx2,
-         .kernels = &kAvx2Kernels,
+         .codecs = &kAvx2Codecs,
          .linear = &kAvx2Linear,
          .linear_int16 = &kAvx2Int16Linear},
-    Path{.name = "avx512", .needs = kAvx512, .kernels = &kAvx512Kernels, .linear = &kAvx512Linear},
+    Path{.name = "avx512", .needs = kAvx512, .codecs = &kAvx512Codecs, .linear = &kAvx512Linear},
     Path{.name = "avx512_bf16",
          .needs = kAvx512Bf16,
-         .kernels = &kAvx512Kernels,
+         .codecs = &kAvx512Codecs,
          .linear = &kAvx512Linear,
          .linear_bfloat16 = &kAvx512Bf16Linear},
 #else
@@ -73,7 +73,7 @@ constinit const std::array kPaths = {
 };
 
 bool this_cpu_has(const Path& path) {
-  return path.kernels != nullptr &&
+  return path.codecs != nullptr &&
          std::all_of(path.needs.begin(), path.needs.end(), [](const Feature& feature) { return feature.is_there(); });
 }
 

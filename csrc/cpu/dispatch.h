@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <tuple>
 
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/linear.h"
@@ -22,10 +23,15 @@ struct Feature {
 struct Path {
   const char* name;                     // as SQUISH_NF4_ISA takes it
   std::span<const Feature> needs = {};  // every feature that the kernels below use
-  const Kernels* kernels = nullptr;     // null: a path of another architecture, of which only the name is known
-  const LinearKernels<float>* linear = nullptr;              // null only where kernels is
+  const Codecs* codecs = nullptr;       // null: a path of another architecture, of which only the name is known
+  const LinearKernels<float>* linear = nullptr;              // null only where codecs is
   const LinearKernels<BFloat16>* linear_bfloat16 = nullptr;  // null where the processor does not multiply bfloat16
   const LinearKernels<int16_t>* linear_int16 = nullptr;      // null where it would gain nothing
+
+  template <typename T>
+  const Codec<T>& codec() const {
+    return std::get<Codec<T>>(*codecs);
+  }
 };
 
 // All paths. Those of one architecture ascend: of the ones that a processor has, the last is the best.

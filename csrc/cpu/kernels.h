@@ -4,7 +4,7 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
+#include <tuple>
 
 #include "csrc/nf4/float_bits.h"
 
@@ -26,8 +26,8 @@ template <typename T>
 using Decode = void (*)(const uint8_t* packed, const float* scales, int64_t first, int64_t last, int64_t group_size,
                         T* out);
 
-// A Decode may come in a second form that stores past the caches, which is faster where the result is far larger than
-// they are, and much slower where it is not. Promised besides: whole groups of a multiple of kPastCachesColumns
+// Decode comes in a second form that stores past the caches, which is faster where the result is far larger than they
+// are, and much slower where it is not. Promised besides: whole groups of a multiple of kPastCachesColumns
 // columns, out on 64 bytes.
 enum class Stores { kCached, kPastCaches };
 inline constexpr int64_t kPastCachesColumns = 32;
@@ -45,50 +45,24 @@ using Survey = RowSurvey (*)(const T* w, const uint8_t* packed, const float* sca
                              int64_t group_size);
 inline constexpr int64_t kSurveyLanes = 16;
 
-struct Kernels {
-  Encode<float> encode_float32;
-  Encode<double> encode_float64;  // each value is first rounded to float32
-  Encode<BFloat16> encode_bfloat16;
-  Encode<Float16> encode_float16;
-  Decode<float> decode_float32;
-  Decode<BFloat16> decode_bfloat16;
-  Decode<Float16> decode_float16;
-  Decode<float> decode_float32_past_caches;
-  Decode<BFloat16> decode_bfloat16_past_caches;
-  Decode<Float16> decode_float16_past_caches;
-  Survey<float> survey_float32;
-  Survey<double> survey_float64;
-  Survey<BFloat16> survey_bfloat16;
-  Survey<Float16> survey_float16;
+// The kernels for one type of dense values.
+template <typename T>
+struct Codec {
+  Encode<T> encode;
+  Decode<T> decode;
+  Decode<T> decode_past_caches;
+  Survey<T> survey;
+};
+template <>
+struct Codec<double> {  // each value is first rounded to float32; nothing is decoded to it
+  Encode<double> encode;
+  Survey<double> survey;
 };
 
-template <typename T>
-Survey<T> survey_kernel(const Kernels& kernels) {
-  if constexpr (std::is_same_v<T, float>) return kernels.survey_float32;
-  if constexpr (std::is_same_v<T, double>) return kernels.survey_float64;
-  if constexpr (std::is_same_v<T, BFloat16>) return kernels.survey_bfloat16;
-  if constexpr (std::is_same_v<T, Float16>) return kernels.survey_float16;
-}
+using Codecs = std::tuple<Codec<float>, Codec<BFloat16>, Codec<Float16>, Codec<double>>;
 
-template <typename T>
-Encode<T> encode_kernel(const Kernels& kernels) {
-  if constexpr (std::is_same_v<T, float>) return kernels.encode_float32;
-  if constexpr (std::is_same_v<T, double>) return kernels.encode_float64;
-  if constexpr (std::is_same_v<T, BFloat16>) return kernels.encode_bfloat16;
-  if constexpr (std::is_same_v<T, Float16>) return kernels.encode_float16;
-}
-
-template <typename T>
-Decode<T> decode_kernel(const Kernels& kernels, Stores stores = Stores::kCached) {
-  const bool cached = stores == Stores::kCached;
-  if constexpr (std::is_same_v<T, float>) return cached ? kernels.decode_float32 : kernels.decode_float32_past_caches;
-  if constexpr (std::is_same_v<T, BFloat16>)
-    return cached ? kernels.decode_bfloat16 : kernels.decode_bfloat16_past_caches;
-  if constexpr (std::is_same_v<T, Float16>) return cached ? kernels.decode_float16 : kernels.decode_float16_past_caches;
-}
-
-extern const Kernels kScalarKernels;
-extern const Kernels kAvx2Kernels;    // x86-64 only
-extern const Kernels kAvx512Kernels;  // x86-64 only
+extern const Codecs kScalarCodecs;
+extern const Codecs kAvx2Codecs;    // x86-64 only
+extern const Codecs kAvx512Codecs;  // x86-64 only
 
 }  // namespace squish::cpu

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
+#include <tuple>
 
 #include "csrc/cpu/tiles.h"
 #include "csrc/nf4/float_bits.h"
@@ -28,7 +28,7 @@ struct RowRuns {
 // sums are too few to hide how long each multiplication takes.
 constexpr Tiles blocks_of(int64_t m, int64_t most) { return cut_rows(m, 1, most); }
 
-// Lays out a block of m activations as Multiply reads them.
+// Lays out a block of m activations as DotProducts reads them.
 //   x: m rows of d values, `stride` apart. columns: whole steps. out: step_elements for each step of each row.
 // Columns from d on get zeros: they are the weight's padding.
 template <typename T, typename Element>
@@ -43,8 +43,8 @@ using Pack = void (*)(const T* x, int64_t m, int64_t d, int64_t stride, int64_t 
 // exact, but subnormal ones count as zero.
 // Promised by the caller: group_size >= 1, columns a multiple of 2 and of group_size.
 template <typename Element>
-using Multiply = void (*)(const RowRuns& runs, int64_t columns, int64_t group_size, const Element* x, int64_t m,
-                          Element* scratch, float* sums);
+using DotProducts = void (*)(const RowRuns& runs, int64_t columns, int64_t group_size, const Element* x, int64_t m,
+                             Element* scratch, float* sums);
 
 // Columns of a row that are decoded at once: four rows and six activations of so many fit the first-level cache.
 template <typename Element>
@@ -58,49 +58,47 @@ constexpr int64_t linear_scratch(int64_t m, int64_t rows) {
   return rows_decoded_at_once(m, rows) * kRuns * kLinearChunk<Element>;
 }
 
+// What a path does with activations of type T.
+//   suit: whether Element holds these about as well as T does; x as for Pack. null: it always does.
+template <typename T, typename Element>
+struct Activations {
+  Pack<T, Element> pack;
+  bool (*suit)(const T* x, int64_t m, int64_t d, int64_t stride) = nullptr;
+};
+
+// The types that an Element can be made of; std::get<Activations<T, Element>> finds the one for T.
 template <typename Element>
-struct Packs;
+struct ActivationsOf;
 template <>
-struct Packs<float> {
-  Pack<float, float> from_float32;
-  Pack<BFloat16, float> from_bfloat16;
-  Pack<Float16, float> from_float16;
+struct ActivationsOf<float> {
+  using Types = std::tuple<Activations<float, float>, Activations<BFloat16, float>, Activations<Float16, float>>;
 };
 template <>
-struct Packs<BFloat16> {
-  Pack<BFloat16, BFloat16> from_bfloat16;
+struct ActivationsOf<BFloat16> {
+  using Types = std::tuple<Activations<BFloat16, BFloat16>>;
 };
-
 template <>
-struct Packs<int16_t> {
-  Pack<BFloat16, int16_t> from_bfloat16;
-  Pack<Float16, int16_t> from_float16;
+struct ActivationsOf<int16_t> {
+  using Types = std::tuple<Activations<BFloat16, int16_t>, Activations<Float16, int16_t>>;
 };
 
+// Element: what is multiplied.
 template <typename Element>
 struct LinearKernels {
-  int64_t step;                                        // columns
-  int64_t step_elements;                               // what a packed activation takes for a step
-  int64_t block;                                       // activations, at most
-  bool (*takes)(int64_t columns, int64_t group_size);  // null: all
-  Packs<Element> pack;
-  Multiply<Element> multiply;
+  int64_t step;           // columns
+  int64_t step_elements;  // what a packed activation takes for a step
+  int64_t block;          // activations, at most
+  // Whether the kernels can multiply m activations with such a weight. null: always.
+  bool (*takes)(int64_t m, int64_t columns, int64_t group_size) = nullptr;
+  typename ActivationsOf<Element>::Types activations;
+  DotProducts<Element> dot_products;
 };
 
 extern const LinearKernels<float> kScalarLinear;
 extern const LinearKernels<float> kAvx2Linear;           // x86-64 only
+extern const LinearKernels<int16_t> kAvx2Int16Linear;    // x86-64 only
 extern const LinearKernels<float> kAvx512Linear;         // x86-64 only
 extern const LinearKernels<BFloat16> kAvx512Bf16Linear;  // x86-64 only
-// Up to kMostInt16Activations 16-bit activations, finite and without outliers. x86-64 only.
-inline constexpr int kMostInt16Activations = 4;
-extern const LinearKernels<int16_t> kAvx2Int16Linear;
-
-template <typename T, typename Element>
-Pack<T, Element> pack_kernel(const LinearKernels<Element>& kernels) {
-  if constexpr (std::is_same_v<T, float>) return kernels.pack.from_float32;
-  if constexpr (std::is_same_v<T, BFloat16>) return kernels.pack.from_bfloat16;
-  if constexpr (std::is_same_v<T, Float16>) return kernels.pack.from_float16;
-}
 
 // --- what a thread calls ---
 

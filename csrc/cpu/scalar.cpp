@@ -129,7 +129,7 @@ struct ScalarFloats {
 
 }  // namespace
 
-constinit const Kernels kScalarKernels = kernels_of_path<ScalarPath>();
-constinit const LinearKernels<float> kScalarLinear = linear_kernels_of<ScalarFloats>();
+constinit const Codecs kScalarCodecs = codecs_of<ScalarPath>();
+constinit const LinearKernels<float> kScalarLinear = linear_kernels_of<ScalarFloats, float, BFloat16, Float16>();
 
 }  // namespace squish::cpu

@@ -23,9 +23,8 @@ constexpr uint32_t kColumns = kAtOnce + 2;  // two more columns hold 1.0, so tha
 constexpr uint32_t kShown = 5;              // differences printed per thread
 
 struct Path {
-  const char* name;
-  const squish::cpu::Kernels* kernels;
-  Path(const char* its_name, const squish::cpu::Kernels* its_kernels) : name(its_name), kernels(its_kernels) {}
+  const squish::cpu::Path& path;
+  explicit Path(const squish::cpu::Path& its_path) : path(its_path) {}
   std::atomic<uint64_t> compared{0}, different{0};
 };
 
@@ -37,13 +36,13 @@ void check_stretch(std::deque<Path>& paths, const float* level, uint32_t first, 
     definition::nearest_levels(w.data() + i, level, expected.data() + i);
   for (Path& path : paths) {
     float scale = 0;
-    path.kernels->encode_float32(w.data(), kColumns, kColumns, packed.data(), &scale);
+    path.path.codec<float>().encode(w.data(), kColumns, kColumns, packed.data(), &scale);
     uint64_t different = scale == 1.0f ? 0 : count;
     for (uint32_t i = 0; i < count; ++i) {
       const int32_t found = i % 2 == 0 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
       if (found == expected[i]) continue;
       if (++different <= kShown)
-        std::fprintf(stderr, "%s: %a has index %d, not %d\n", path.name, w[i], found, expected[i]);
+        std::fprintf(stderr, "%s: %a has index %d, not %d\n", path.path.name, w[i], found, expected[i]);
     }
     path.compared += count;
     path.different += different;
@@ -59,9 +58,9 @@ int main(int argc, char** argv) {
 
   std::deque<Path> paths;
   for (const squish::cpu::Path& path : squish::cpu::paths()) {
-    const auto encodes_alike = [&](const Path& other) { return other.kernels == path.kernels; };
+    const auto encodes_alike = [&](const Path& other) { return other.path.codecs == path.codecs; };
     if (squish::cpu::is_available(path) && std::none_of(paths.begin(), paths.end(), encodes_alike))
-      paths.emplace_back(path.name, path.kernels);
+      paths.emplace_back(path);
   }
 
   std::atomic<uint64_t> next{0};
@@ -82,7 +81,7 @@ int main(int argc, char** argv) {
 
   bool all_equal = true;
   for (const Path& path : paths) {
-    std::printf("%s %llu %llu\n", path.name, static_cast<unsigned long long>(path.compared),
+    std::printf("%s %llu %llu\n", path.path.name, static_cast<unsigned long long>(path.compared),
                 static_cast<unsigned long long>(path.different));
     all_equal = all_equal && path.different == 0;
   }

@@ -24,8 +24,16 @@ int main(int argc, char** argv) {
                           scales.data());
       squish_nf4_dequantize(packed.data(), scales.data(), n, d, group_size, first, last, SQUISH_NF4_FLOAT32,
                             decoded.data());
-      const squish::cpu::LinearTask<float, float> task{
-          linear, packed.data(), scales.data(), d, group_size, activations.data(), 1, nullptr, y.data(), n};
+      const squish::cpu::LinearTask<float, float> task{.kernels = linear,
+                                                       .packed = packed.data(),
+                                                       .scales = scales.data(),
+                                                       .columns = d,
+                                                       .group_size = group_size,
+                                                       .x = activations.data(),
+                                                       .m = 1,
+                                                       .bias = nullptr,
+                                                       .y = y.data(),
+                                                       .y_stride = n};
       std::vector<char> scratch(squish::cpu::linear_scratch_bytes<float>(1));
       squish::cpu::linear_rows(task, first, last, scratch.data());
     });
