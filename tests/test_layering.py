@@ -24,7 +24,7 @@ ROOMS = {
     "c": ({"nf4", "cpu", "c"}, STANDARD + r"|stdint\.h"),
     "cuda": ({"nf4", "cuda"}, rf"{STANDARD}|cuda_runtime(_api)?\.h|cuda_(fp16|bf16)\.h"),
     "ops": ({"nf4", "cpu", "cuda", "ops"}, rf"{STANDARD}|{TORCH}"),
-    "python": ({"nf4", "cpu"}, rf"{STANDARD}|pybind11/.+|torch/(headeronly/|csrc/api/include/torch/)?version\.h"),
+    "python": ({"nf4", "cpu"}, rf"{STANDARD}|pybind11/.+"),
 }
 PUBLIC_HEADER = "squish_nf4/include/squish_nf4/nf4.h"
 NEVER = re.compile(

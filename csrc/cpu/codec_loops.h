@@ -66,14 +66,14 @@ void decode_columns(const uint8_t* packed, const float* scales, int64_t first, i
 }
 
 template <class Path, typename T>
-RowSurvey survey_row(const T* w, const uint8_t* packed, const float* scales, int64_t columns, int64_t group_size) {
+RowSurvey survey_row(const T* w, int64_t d, const uint8_t* packed, const float* scales, int64_t group_size) {
   constexpr int64_t kPart = 512;  // columns that are decoded at once, into the nearest cache
   alignas(64) float decoded[kPart];
   typename Path::Survey survey;
   uint32_t largest = 0;
-  for (int64_t first = 0; first < columns; first += kPart) {
-    const int64_t count = std::min(kPart, columns - first);
-    decode_columns<Path, Stores::kCached>(packed, scales, first, first + count, group_size, decoded);
+  for (int64_t first = 0; first < d; first += kPart) {
+    const int64_t count = std::min(kPart, d - first), even_count = count + count % 2;
+    decode_columns<Path, Stores::kCached>(packed, scales, first, first + even_count, group_size, decoded);
     largest = nf4::larger(largest, Path::absmax_bits(w + first, count));
     int64_t i = 0;
     for (; i + kSurveyLanes <= count; i += kSurveyLanes) survey.add(w + first + i, decoded + i);

@@ -38,11 +38,11 @@ struct RowSurvey {
   double largest, sum, square, squared_error;
 };
 
-// Surveys one row; the same promises as for Encode, of which packed and scales are the result. The sums are the same to
-// the bit on every path: a column is added in float64 to one of kSurveyLanes running sums, which are added at the end.
+// Surveys one row of d values; packed and scales are what Encode made of it, perhaps with padding after the last
+// column, which is not looked at. The sums are the same to the bit on every path: a column is added in float64 to one
+// of kSurveyLanes running sums, which are added at the end.
 template <typename T>
-using Survey = RowSurvey (*)(const T* w, const uint8_t* packed, const float* scales, int64_t columns,
-                             int64_t group_size);
+using Survey = RowSurvey (*)(const T* w, int64_t d, const uint8_t* packed, const float* scales, int64_t group_size);
 inline constexpr int64_t kSurveyLanes = 16;
 
 // The kernels for one type of dense values.

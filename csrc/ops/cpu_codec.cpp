@@ -64,7 +64,7 @@ Tensor survey_nf4(const Tensor& weight, const Tensor& packed, const Tensor& scal
   const cpu::Path& path = selected();
   const Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
   const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
-  const int64_t n = w.size(0), d = w.size(1), groups = scale.size(1);
+  const int64_t n = w.size(0), d = w.size(1), row_bytes = bytes.size(1), groups = scale.size(1);
   Tensor result = at::empty({n, 4}, w.options().dtype(at::kDouble));
   with_weight_type(w.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -73,16 +73,16 @@ Tensor survey_nf4(const Tensor& weight, const Tensor& packed, const Tensor& scal
     const float* factor = scale.const_data_ptr<float>();
     double* out = result.mutable_data_ptr<double>();
     const auto survey = path.codec<T>().survey;
-    parallel_for(0, n, std::max<int64_t>(1, kColumnsPerThread / std::max<int64_t>(d, 1)),
-                 [&](int64_t begin, int64_t end) {
-                   const cpu::DefaultFloatEnvironment environment;
-                   for (int64_t row = begin; row < end; ++row) {
-                     const cpu::RowSurvey found =
-                         survey(values + row * w.stride(0), byte + row * (d / 2), factor + row * groups, d, group_size);
-                     const double numbers[] = {found.largest, found.sum, found.square, found.squared_error};
-                     std::copy_n(numbers, 4, out + 4 * row);
-                   }
-                 });
+    parallel_for(
+        0, n, std::max<int64_t>(1, kColumnsPerThread / std::max<int64_t>(d, 1)), [&](int64_t begin, int64_t end) {
+          const cpu::DefaultFloatEnvironment environment;
+          for (int64_t row = begin; row < end; ++row) {
+            const cpu::RowSurvey found =
+                survey(values + row * w.stride(0), d, byte + row * row_bytes, factor + row * groups, group_size);
+            const double numbers[] = {found.largest, found.sum, found.square, found.squared_error};
+            std::copy_n(numbers, 4, out + 4 * row);
+          }
+        });
   });
   return result;
 }
