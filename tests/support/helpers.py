@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # each has all that stands before it
+from squish_nf4 import _C
+
+ISAS: tuple[str, ...] = tuple(_C.cpu_isas())
 
 
 def require(what: str, available: bool, why: str) -> None:
@@ -31,6 +33,10 @@ def require_torch(minor: str, older: str) -> None:
     """Skip the test on a torch before ``minor`` ("2.13"); ``older`` says what such a torch cannot do."""
     wanted, found = (tuple(int(part) for part in text.split(".")[:2]) for text in (minor, torch.__version__))
     require(f"torch-{minor}", found >= wanted, f"torch {torch.__version__} {older}")
+
+
+def require_isa(isa: str) -> None:
+    require(isa, isa in _C.cpu_isas(available=True), f"this CPU's best path is {_C.cpu_isa()}")
 
 
 def require_transformers() -> None:
