@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import typer
 
 from squish_nf4.commands import terminal
-from squish_nf4.torchscript.trial import TorchScriptError
+from squish_nf4.torchscript.refusals import TorchScriptError
 
 
 @contextmanager

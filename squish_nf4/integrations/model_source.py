@@ -19,9 +19,7 @@ from squish_nf4.integrations.offline import offline_and_quiet
 from squish_nf4.model import QuantizeReport, quantize_model
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.torchscript.export import TorchScriptReport, export_torchscript
-from squish_nf4.torchscript.refusals import refuse_target
-from squish_nf4.torchscript.script_or_trace import place_of
-from squish_nf4.torchscript.trial import TorchScriptError
+from squish_nf4.torchscript.refusals import TorchScriptError, place_of, refuse_target
 
 Step = Callable[[str], AbstractContextManager[None]]
 FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
