@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from squish_nf4.commands.cli import app
-from squish_nf4.commands.demo.run import model_folder
+from squish_nf4.commands.demo.model import model_folder
 from squish_nf4.doctor.self_test import number_of_threads
 from squish_nf4.torchscript import export as torchscript
 from tests.support.models import eager_minilm, minilm_calls, require_minilm

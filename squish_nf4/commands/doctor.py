@@ -1,16 +1,32 @@
-"""The doctor's findings on the terminal."""
+"""``squish-nf4 doctor``: what it prints, and its exit code."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import typer
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
 from squish_nf4.commands import terminal
-from squish_nf4.doctor.examine import Findings, Result
+
+if TYPE_CHECKING:
+    from squish_nf4.doctor.examine import Findings, Result
+
+
+def command() -> None:
+    """Say what was built and found, and test it."""
+    from squish_nf4.doctor.examine import examine
+
+    findings = examine()
+    print_findings(findings)
+    if not findings.healthy:
+        raise typer.Exit(1)
 
 
 def print_findings(findings: Findings) -> None:
+    """Print the facts by topic, a line for each check, and what to do if one failed."""
     out = terminal.console()
     for topic, facts in findings.facts.items():
         out.print(f"[bold]{escape(topic)}[/]")
