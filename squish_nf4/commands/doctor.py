@@ -38,7 +38,7 @@ def print_findings(findings: Findings) -> None:
         out.print(Padding(table, (0, 0, 1, 2)))
     out.print("[bold]self-test[/]")
     for result in findings.results:
-        out.print(f"  {line(result)}", soft_wrap=True)
+        out.print(f"  {line_of(result)}", soft_wrap=True)
     failed = sum(not result.passed for result in findings.results)
     out.print()
     if failed:
@@ -49,6 +49,6 @@ def print_findings(findings: Findings) -> None:
         out.print(f"[green]All {len(findings.results)} checks passed.[/]")
 
 
-def line(result: Result) -> str:
+def line_of(result: Result) -> str:
     mark = "[green]pass[/]" if result.passed else "[bold red]FAIL[/]"
     return f"{mark}  {result.device:<4}  {escape(result.name):<38}[dim]{escape(result.detail)}[/]"

@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Write a model with NF4 layers as TorchScript, for C++ and for Python without squish_nf4.
 
-    A function returns the model, or the model and example inputs. (torch.export is another thing, and has no command.)
+    A function returns the model, or the model and example inputs. (Not torch.export, which is called from Python.)
     """
     with terminal.errors_in_one_sentence():
         from squish_nf4.integrations.model_source import export_source

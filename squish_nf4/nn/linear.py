@@ -18,7 +18,7 @@ is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defin
 def _linear_of_width(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, in_features: int, group_size: int
 ) -> Tensor:
-    """Refuse an x of another width. The operator would take a narrower one, as if its padding were left out."""
+    """The product for an x of the layer's width: to the operator a narrower one is one whose padding was left out."""
     if not is_tracing() and x.size(-1) != in_features:
         raise ValueError(f"NF4Linear: x has {x.size(-1)} columns, but in_features is {in_features}")
     result: Tensor = torch.ops.squish.linear_nf4(x, weight, scales, bias, group_size)

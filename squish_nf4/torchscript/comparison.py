@@ -45,6 +45,7 @@ class Comparison:
 
 
 def mismatch(why: str) -> Comparison:
+    """The comparison of results that are not equal for a reason no number says."""
     return Comparison(False, math.inf, why)
 
 

@@ -34,14 +34,14 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def kept(value: Any) -> Any:
+def copy_of(value: Any) -> Any:
     """A copy of one result on the CPU: it may be the model's own tensor, which the next call writes to."""
     return value.detach().cpu().resolve_conj().resolve_neg().clone() if isinstance(value, Tensor) else value
 
 
 def results(value: Any) -> Leaves:
     """Copies of what a call returned, flat."""
-    return [(place, kept(leaf)) for place, leaf in leaves(value)]
+    return [(place, copy_of(leaf)) for place, leaf in leaves(value)]
 
 
 def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaves | str:

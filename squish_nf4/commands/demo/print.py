@@ -58,7 +58,9 @@ def comparison(report: DemoReport) -> Table:
     table.add_row("cosine of a sentence's two embeddings, mean", "1", f"{agreement.mean_cosine:.4f}", "")
     table.add_row("the same, worst", "1", f"{agreement.worst_cosine:.4f}", "")
     table.add_row("rank correlation of sentence similarities", "1", f"{agreement.rank_correlation:.4f}", "")
-    table.add_row("paraphrase is the nearest sentence", *(found(s) for s in (agreement.dense, agreement.nf4)), "")
+    table.add_row(
+        "paraphrase is the nearest sentence", *(partners_found(s) for s in (agreement.dense, agreement.nf4)), ""
+    )
     table.add_section()
     table.add_row("time for all, in one batch", *times(report.in_one_batch))
     table.add_row("time for all, one by one", *times(report.one_by_one))
@@ -69,7 +71,7 @@ def smaller(before: int, after: int) -> str:
     return f"[green]{before / after:.1f} x smaller[/]"
 
 
-def found(similarities: Floats) -> str:
+def partners_found(similarities: Floats) -> str:
     return f"{Agreement.partners_found(similarities)} of {len(similarities)}"
 
 
