@@ -32,7 +32,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Findings:
-    """facts: by topic, in the order to show them. results: of the self-test. advice: a sentence each, if it failed."""
+    """What the doctor found.
+
+    Attributes:
+        facts: {topic: {name: value}}, in the order to show them.
+        results: one for each check of the self-test.
+        advice: what to do, a sentence each; none if all checks passed.
+    """
 
     facts: Mapping[str, Mapping[str, str]]
     results: tuple[Result, ...]
@@ -83,10 +89,12 @@ def cpu_path_error() -> str | None:
 
 
 def cpu_path() -> str | None:
+    """The CPU path that is in use; None if none can be chosen."""
     return None if cpu_path_error() else str(_C.cpu_isa())
 
 
 def cpu_model_and_features() -> tuple[str, set[str]]:
+    """The processor's name and its features as /proc/cpuinfo has them; where there is none, no features."""
     try:
         lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     except OSError:

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import squish_nf4
-from squish_nf4.commands import print_convert as convert_report
-from squish_nf4.commands import terminal
+from squish_nf4.commands import print_convert, terminal
 from squish_nf4.commands.cli import app
 from tests.support import ROOT
 from tests.support.directories import gaussian, save_shard
@@ -247,7 +246,7 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     ],
 )
 def test_reasons_that_differ_only_in_numbers_are_one_line(reason: str, group: str) -> None:
-    assert convert_report.kind_of_reason(reason) == group
+    assert print_convert.kind_of_reason(reason) == group
 
 
 def test_on_a_terminal_it_shows_progress_and_then_takes_it_away(model: Path, tmp_path: Path) -> None:

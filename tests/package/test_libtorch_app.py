@@ -12,7 +12,7 @@ import torch
 from torch.export import Dim, export
 
 import squish_nf4
-from squish_nf4.commands.demo.run import model_folder
+from squish_nf4.commands.demo.model import model_folder
 from tests.support import ROOT, processes
 from tests.support.compiling import NATIVE
 from tests.support.cpp_programs import build_without_cmake, required_cmake
