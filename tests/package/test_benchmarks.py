@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
@@ -74,8 +73,15 @@ def test_patience_ends_the_rounds_but_not_before_five() -> None:
 
 
 def test_a_very_slow_candidate_takes_part_in_five_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "VERY_SLOW", 0.01)
-    times = timing.alternate({"a": lambda _: None, "b": lambda _: time.sleep(0.02)}, 9)
+    now = 0.0
+
+    def take(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    limit = timing.VERY_SLOW
+    times = timing.alternate({"a": lambda _: take(limit / 2), "b": lambda _: take(limit * 2)}, 9)
     assert (times.rounds("a"), times.rounds("b")) == (9, 5)
 
 
