@@ -61,9 +61,9 @@ def is_finished(path: Path) -> bool:
     return (path / "tensors" / ".manifest_ready").exists()
 
 
-# A process that has loaded the library, and that forks a child for every conversion. The child is killed before the line
-# of Python of that number, in whichever thread: a moment that does not move when the machine is busy. Or it ends without
-# a word before the file operation of that number. The answer is its exit status (negative if it was killed), and where
+# A process that has loaded the library, and that forks a child for every conversion. A child is killed before its line
+# of Python of that number, in whichever thread: a moment that does not move where the machine is busy. Or it ends with
+# no word before the file operation of that number. The answer is its exit status (negative if it was killed), and where
 # it was not ended the lines and operations it needed.
 SERVER = """
 import json, os, signal, sys, threading

@@ -19,7 +19,7 @@ from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.commands.cli import app
 from squish_nf4.commands.convert import bytes_of
 from tests.support.directories import gaussian, save_shard
-from tests.support.processes import run, start
+from tests.support.processes import squish, start
 
 JOURNAL = "squish_nf4.journal"
 spiky = gaussian(40, 640)
@@ -225,9 +225,7 @@ def test_events_that_nobody_takes_end_it_with_3_and_resume_goes_on(tmp_path: Pat
         os.close(read)
     else:
         write = os.open(reader, os.O_WRONLY)
-    done = run(
-        [sys.executable, "-m", "squish_nf4", "convert", "--nf4", "--json", model, tmp_path / "out"], stdout=write
-    )
+    done = squish("convert", "--nf4", "--json", model, tmp_path / "out", stdout=write)
     os.close(write)
     assert done.returncode == 3
     assert len(done.stderr.splitlines()) == 1
