@@ -19,6 +19,8 @@ from tests.support.cpp_programs import build_without_cmake, required_cmake
 from tests.support.models import eager_minilm, minilm_calls, quantized_llama, require_minilm, some_tokens
 from tests.support.processes import squish
 
+pytestmark = pytest.mark.builds
+
 PACKAGE = Path(squish_nf4.__file__).parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
