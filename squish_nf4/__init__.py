@@ -31,33 +31,71 @@ from squish_nf4.ops import dequantize_nf4, linear_nf4, quantize_nf4
 vmap.register()
 
 if TYPE_CHECKING:
-    from squish_nf4.checkpoint.conversion.convert import convert, quantize_tensor
+    from squish_nf4.checkpoint.audit.diff import DiffReport, diff
+    from squish_nf4.checkpoint.audit.inspection import Inspection, inspect
+    from squish_nf4.checkpoint.audit.verify import VerifyReport, verify
+    from squish_nf4.checkpoint.conversion.convert import UnfinishedError, convert, dry_run
+    from squish_nf4.checkpoint.conversion.encode import quantize_tensor
+    from squish_nf4.checkpoint.conversion.options import ConvertOptions
+    from squish_nf4.checkpoint.conversion.plan import ConvertPlan
+    from squish_nf4.checkpoint.conversion.report import ConvertReport, TensorReport
     from squish_nf4.checkpoint.directory.reader import iter_npy_dir, load_npy_dir
     from squish_nf4.checkpoint.loading.load_into import LoadReport, load_into
-    from squish_nf4.torchscript.export import export_torchscript
+    from squish_nf4.checkpoint.messages import Progress
+    from squish_nf4.torchscript.export import TorchScriptReport, export_torchscript
+    from squish_nf4.torchscript.trial import TorchScriptError
 
 _LAZY = {
+    "DiffReport": "squish_nf4.checkpoint.audit.diff",
+    "diff": "squish_nf4.checkpoint.audit.diff",
+    "Inspection": "squish_nf4.checkpoint.audit.inspection",
+    "inspect": "squish_nf4.checkpoint.audit.inspection",
+    "VerifyReport": "squish_nf4.checkpoint.audit.verify",
+    "verify": "squish_nf4.checkpoint.audit.verify",
+    "UnfinishedError": "squish_nf4.checkpoint.conversion.convert",
     "convert": "squish_nf4.checkpoint.conversion.convert",
+    "dry_run": "squish_nf4.checkpoint.conversion.convert",
     "quantize_tensor": "squish_nf4.checkpoint.conversion.encode",
-    "LoadReport": "squish_nf4.checkpoint.loading.load_into",
-    "load_into": "squish_nf4.checkpoint.loading.load_into",
+    "ConvertOptions": "squish_nf4.checkpoint.conversion.options",
+    "ConvertPlan": "squish_nf4.checkpoint.conversion.plan",
+    "ConvertReport": "squish_nf4.checkpoint.conversion.report",
+    "TensorReport": "squish_nf4.checkpoint.conversion.report",
     "iter_npy_dir": "squish_nf4.checkpoint.directory.reader",
     "load_npy_dir": "squish_nf4.checkpoint.directory.reader",
+    "LoadReport": "squish_nf4.checkpoint.loading.load_into",
+    "load_into": "squish_nf4.checkpoint.loading.load_into",
+    "Progress": "squish_nf4.checkpoint.messages",
+    "TorchScriptReport": "squish_nf4.torchscript.export",
     "export_torchscript": "squish_nf4.torchscript.export",
+    "TorchScriptError": "squish_nf4.torchscript.trial",
 }
 
 __all__ = [
+    "ConvertOptions",
+    "ConvertPlan",
+    "ConvertReport",
+    "DiffReport",
+    "Inspection",
     "LoadReport",
     "NF4Linear",
     "NF4Packer",
+    "Progress",
     "QuantizeReport",
+    "TensorReport",
+    "TorchScriptError",
+    "TorchScriptReport",
+    "UnfinishedError",
+    "VerifyReport",
     "__version__",
     "cmake_prefix_path",
     "convert",
     "decompositions",
     "dequantize_model",
     "dequantize_nf4",
+    "diff",
+    "dry_run",
     "export_torchscript",
+    "inspect",
     "iter_npy_dir",
     "library_path",
     "linear_nf4",
@@ -67,6 +105,7 @@ __all__ = [
     "quantize_model",
     "quantize_nf4",
     "quantize_tensor",
+    "verify",
 ]
 
 

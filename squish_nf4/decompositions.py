@@ -57,13 +57,13 @@ def _levels_of_bytes() -> Tensor:
 
 
 def _levels_for_programs() -> _Levels:
-    """As one constant that all layers share, or written out: torch before 2.14 drops it in run_decompositions."""
+    """The table of levels: one constant that all layers share, or written out for torch before 2.14, which drops it."""
     levels = _levels_of_bytes()
     return levels.to if torch.__version__ >= "2.14" else _written_out(levels)
 
 
 def _written_out(levels: Tensor) -> _Levels:
-    """The same table from 16 scalars, in operators that a program can hold without a constant."""
+    """The table of levels made of 16 scalars, in operators that a program can hold without a constant."""
     fast = 0 if levels[0, 0] != levels[1, 0] else 1  # the column that changes from one byte to the next
     scalars = levels[:16, fast].tolist()
 

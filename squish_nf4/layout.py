@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import lcm
 
+INDEX_BITS, SCALE_BITS = 4, 32
+
 
 def pick_group_size(n_cols: int, max_group_size: int = 32) -> int:
     """The group size that checkpoints use for a row of ``n_cols`` columns.
@@ -45,9 +47,9 @@ def _sizes(n_cols: int, group_size: int) -> range:
 
 
 def stored_bits(n_cols: int, group_size: int) -> int:
-    """Bits of one stored row: 4 per column, padding included, and a float32 scale per group."""
+    """Bits of one stored row: an index per column, padding included, and a scale per group."""
     columns = padded_columns(n_cols, group_size)
-    return 4 * columns + 32 * (columns // group_size)
+    return INDEX_BITS * columns + SCALE_BITS * (columns // group_size)
 
 
 def cheapest_group_size(n_cols: int, group_size: int) -> int:

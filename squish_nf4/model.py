@@ -196,6 +196,6 @@ def _lost_on_meta(model: nn.Module) -> list[str]:
 
 
 def bytes_of(model: nn.Module) -> int:
-    """Of all parameters and buffers, each once."""
+    """Bytes of all parameters and buffers, each once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return sum(t.nbytes for t in tensors.values())

@@ -3,6 +3,9 @@ made in C++ (``torch.ops.squish``)."""
 
 from __future__ import annotations
 
+from math import sqrt
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -74,6 +77,34 @@ def linear_nf4(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = 
     """
     result: Tensor = torch.ops.squish.linear_nf4(x, packed, scales, bias, group_size)
     return result
+
+
+class RowSurvey(NamedTuple):
+    """What survey_nf4 says of each row, (n,) float64 each.
+
+    largest, sum: of |w|. square: the squared norm of w. squared_error: that of w minus what it becomes.
+    """
+
+    largest: Tensor
+    sum: Tensor
+    square: Tensor
+    squared_error: Tensor
+
+
+def survey_nf4(w: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> RowSurvey:
+    """Look once at the rows of a weight and at what they become in NF4; w may lack columns that packed has as padding.
+
+    Args:
+        w: (n, d) float32, bfloat16, float16 or float64.
+        packed, scales: what quantize_nf4 made of w, padded with zeros.
+        group_size: columns that share a scale.
+    """
+    return RowSurvey(*torch.ops.squish._survey_nf4(w, packed, scales, group_size).unbind(1))
+
+
+def relative_error(squared_error: float, squared_norm: float) -> float:
+    """||w - decoded|| / ||w||, of the squares of both norms; 0 for a weight of zeros."""
+    return 0.0 if squared_norm == 0 else sqrt(squared_error / squared_norm)
 
 
 def refuse_non_finite(what: str, w: Tensor, scales: Tensor) -> None:

@@ -26,7 +26,7 @@ WIDENED = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As reports and squish_nf4.json write it: "bfloat16"."""
+    """A dtype's name as reports and squish_nf4.json write it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -52,7 +52,7 @@ def smallest_lossless(values: Array) -> Array:
 def smallest_dtype(values: Array) -> np.dtype[np.generic]:
     """float16 or float32 if that loses nothing, else values' own; integers, bool and complex keep theirs.
 
-    Of a tensor looked at in parts it is the widest of the parts': float16 lies in float32, and that in float64.
+    Of a tensor looked at in stretches it is the widest of theirs: float16 lies in float32, and that in float64.
     """
     if values.dtype.kind == "f":
         for dtype in (np.dtype(np.float16), np.dtype(np.float32)):
@@ -84,7 +84,7 @@ def survives(values: Array, dtype: np.dtype[np.generic]) -> bool:
 
 
 def rows_at_once(columns: int, values: int) -> int:
-    """As many whole rows as hold so many values, one at least."""
+    """The number of whole rows that hold about so many values, one at least."""
     return max(1, values // max(1, columns))
 
 

@@ -110,26 +110,25 @@ def command(
     if resume and overwrite:
         raise typer.BadParameter("go on, or start anew: --resume or --overwrite", param_hint="--resume")
     with ending(json):
-        from squish_nf4.checkpoint.conversion.convert import convert
-        from squish_nf4.checkpoint.conversion.dry_run import dry_run
-        from squish_nf4.checkpoint.conversion.options import Options
+        from squish_nf4.checkpoint.conversion.convert import convert, dry_run
 
+        options = {
+            "group_size": group_size,
+            "outlier_threshold": outlier_threshold,
+            "passthrough": passthrough or (),
+            "include": include or (),
+            "super_weight": super_weight,
+            "ultra": ultra,
+        }
         if only_plan or target is None:
-            options = Options(group_size, outlier_threshold, passthrough or (), include or (), super_weight, ultra)
             with convert_report.conversion_progress() as progress:
-                plan = dry_run(source, options, max_ram=max_ram, progress=progress)
+                plan = dry_run(source, max_ram=max_ram, progress=progress, **options)
             convert_events.print_plan(plan) if json else convert_report.print_plan(plan)
             return
         with convert_report.conversion_progress() as progress:
             report = convert(
                 source,
                 target,
-                group_size=group_size,
-                outlier_threshold=outlier_threshold,
-                passthrough=passthrough or (),
-                include=include or (),
-                super_weight=super_weight,
-                ultra=ultra,
                 max_ram=max_ram,
                 min_free_gb=min_free_gb,
                 resume=resume,
@@ -137,6 +136,7 @@ def command(
                 delete_source=delete_source,
                 progress=progress,
                 on_tensor=convert_events.print_tensor if json else None,
+                **options,
             )
         convert_events.print_done(report) if json else convert_report.print_conversion(report)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from squish_nf4.checkpoint.conversion.plan import Plan
+    from squish_nf4.checkpoint.conversion.plan import ConvertPlan
     from squish_nf4.checkpoint.conversion.report import ConvertReport, TensorReport
 
 
@@ -16,7 +16,7 @@ def emit(event: str, **facts: Any) -> None:
     typer.echo(json.dumps({"event": event, **facts}, allow_nan=False))
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: ConvertPlan) -> None:
     for planned in plan.tensors:
         emit(
             "planned",

@@ -16,9 +16,9 @@ from rich.table import Table
 from squish_nf4.commands.terminal import console, count, duration, plain_table, size
 
 if TYPE_CHECKING:
-    from squish_nf4.checkpoint.conversion.convert import Progress as Converting
-    from squish_nf4.checkpoint.conversion.plan import Plan, Planned
+    from squish_nf4.checkpoint.conversion.plan import ConvertPlan, Planned
     from squish_nf4.checkpoint.conversion.report import ConvertReport, TensorReport
+    from squish_nf4.checkpoint.messages import Progress as Converting
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def pace(report: ConvertReport) -> str:
     return f", {size(report.bytes_in / report.seconds)} of input a second"
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: ConvertPlan) -> None:
     """What `convert --dry-run` prints."""
     out = console()
     table = plain_table("tensor", "was", "shape", "becomes", "bits per weight", "before", "after")

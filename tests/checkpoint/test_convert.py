@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import squish_nf4.checkpoint.conversion.convert as convert_module
-from squish_nf4.checkpoint.conversion.convert import Progress, convert
+from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
+from squish_nf4.checkpoint.messages import Progress
 from tests.support import reference
 from tests.support.directories import dequantized, gaussian, minilm_directory, raw_shard, save_index, save_shard
 from tests.support.helpers import require

@@ -90,11 +90,11 @@ def test_a_table_is_written_without_becoming_one_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 8, 64])
 @pytest.mark.parametrize("max_ram", [LEAST_MAX_RAM, 2**28, 2**30])
-def test_the_tiles_that_are_there_at_once_fit_into_a_quarter_of_the_cap(max_ram: int, threads: int) -> None:
+def test_the_stretches_that_are_there_at_once_fit_into_a_quarter_of_the_cap(max_ram: int, threads: int) -> None:
     budget = share_out(max_ram, COLUMNS, threads)
     assert 1 <= budget.workers <= threads
-    assert budget.tile >= BLOCK
-    assert 2 * (budget.ahead + 1) * 12 * budget.tile + budget.workers * 8 * BLOCK <= max_ram // 4
+    assert budget.stretch >= BLOCK
+    assert 2 * (budget.ahead + 1) * 12 * budget.stretch + budget.workers * 8 * BLOCK <= max_ram // 4
 
 
 def test_more_memory_is_not_used_than_is_good_for_something() -> None:
@@ -103,7 +103,7 @@ def test_more_memory_is_not_used_than_is_good_for_something() -> None:
 
 def test_a_long_row_takes_fewer_threads_and_at_last_too_much() -> None:
     assert share_out(2**28, 300_000, 8).workers < 8
-    assert share_out(2**28, 300_000, 8).tile >= 300_000
+    assert share_out(2**28, 300_000, 8).stretch >= 300_000
     with pytest.raises(ValueError, match=r"a row of 10000000 columns .* takes max_ram of \d+ MiB, got 256 MiB"):
         share_out(2**28, 10**7, 8)
 
@@ -112,7 +112,7 @@ def test_the_cap_that_the_refusal_of_a_long_row_asks_for_is_enough() -> None:
     with pytest.raises(ValueError, match=r"max_ram of") as refused:
         share_out(2**28, 10**7, 1)
     wanted = int(str(refused.value).split("max_ram of ")[1].split(" MiB")[0])
-    assert share_out(wanted * 2**20, 10**7, 1).tile == 10**7
+    assert share_out(wanted * 2**20, 10**7, 1).stretch == 10**7
 
 
 @pytest.mark.parametrize(("max_ram", "columns"), [(2**26, 209_715), (2**30, 3_355_443)])
@@ -140,14 +140,14 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("tile", [50_000, 65_536, 2**21])
+@pytest.mark.parametrize("stretch", [50_000, 65_536, 2**21])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_bytes_do_not_depend_on_tiles_and_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int, workers: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stretch: int, workers: int
 ) -> None:
     source = save_shard(tmp_path / "x.safetensors", TENSORS)
     convert(source, tmp_path / "expected")
-    monkeypatch.setattr("squish_nf4.checkpoint.conversion.convert.share_out", lambda *_: Budget(tile, workers))
+    monkeypatch.setattr("squish_nf4.checkpoint.conversion.convert.share_out", lambda *_: Budget(stretch, workers))
     convert(source, tmp_path / "out")
     for file in sorted((tmp_path / "expected").rglob("*.*")):
         if file.name != "stats.json" and file.is_file():

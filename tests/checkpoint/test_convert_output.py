@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 from squish_nf4.checkpoint import resources as disk
-from squish_nf4.checkpoint.conversion import recovery, removal
-from squish_nf4.checkpoint.conversion.convert import Progress, convert
+from squish_nf4.checkpoint.conversion import recovery, run
+from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.conversion.journal import Journal
-from squish_nf4.checkpoint.conversion.options import Options
+from squish_nf4.checkpoint.conversion.options import ConvertOptions
 from squish_nf4.checkpoint.conversion.output import Output
 from squish_nf4.checkpoint.conversion.plan import make_plan
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
+from squish_nf4.checkpoint.messages import Progress
 from tests.support.directories import gaussian, save_shard
 
 
@@ -239,7 +240,7 @@ def with_free(monkeypatch: pytest.MonkeyPatch, *free: float) -> None:
 def test_a_full_disk_is_foreseen_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = make_plan(source, Options()).bytes_taken(removing=False)
+    needed = make_plan(source, ConvertOptions()).bytes_taken(removing=False)
     with_free(monkeypatch, 10**9 + needed - 1)
     with pytest.raises(OSError, match=r"out is on a disk with 1.00 GB free; .* 1 GB are to stay free") as refused:
         convert(source, tmp_path / "out")
@@ -279,7 +280,7 @@ def test_room_on_resume_is_for_the_shards_that_are_left(
 ) -> None:
     save_shard(source / "3.safetensors", {"3.weight": gaussian(64, 256, seed=3)})
     stopped_after_a_removal(source, tmp_path / "out", monkeypatch)
-    needed = make_plan(source / "3.safetensors", Options()).nbytes + len("{}")
+    needed = make_plan(source / "3.safetensors", ConvertOptions()).nbytes + len("{}")
     needed -= recovery.bytes_freed(tmp_path / "out", overwrite=False)
     assert needed > 4000
     with_free(monkeypatch, needed - 1)
@@ -292,7 +293,7 @@ def test_room_on_resume_is_for_the_shards_that_are_left(
 def test_the_forecast_is_what_is_written(source: Path, tmp_path: Path) -> None:
     """Of float32 tensors that are kept in float32, and of NF4."""
     report = convert(source, tmp_path / "out")
-    assert make_plan(source, Options()).nbytes == report.bytes_out
+    assert make_plan(source, ConvertOptions()).nbytes == report.bytes_out
 
 
 @pytest.mark.parametrize(
@@ -306,7 +307,7 @@ def test_removing_shards_as_they_are_done_takes_less(steps: list[tuple[int, int]
 def test_it_stops_before_others_have_filled_the_disk(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("squish_nf4.checkpoint.conversion.committer.MOST_TENSORS", 1)
+    monkeypatch.setattr("squish_nf4.checkpoint.conversion.run.MOST_TENSORS", 1)
     with_free(monkeypatch, 10**12, 10**12, 10**9 - 1)
     with pytest.raises(OSError, match=r"0 GB.*out is left unfinished, with [23] of 4 tensors") as stopped:
         convert(source, tmp_path / "out")
@@ -401,9 +402,9 @@ def stopped_after_a_removal(source: Path, out: Path, monkeypatch: pytest.MonkeyP
             raise StoppedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(removal, "verify", stop)
-        patch.setattr("squish_nf4.checkpoint.conversion.committer.MOST_TENSORS", 2)
-        patch.setattr(removal, "sync", stop)
+        patch.setattr(run, "require_read_back", stop)
+        patch.setattr("squish_nf4.checkpoint.conversion.run.MOST_TENSORS", 2)
+        patch.setattr(run, "sync", stop)
         with pytest.raises(StoppedError):
             convert(source, out, delete_source=True)
     assert not first.exists()
@@ -412,7 +413,7 @@ def stopped_after_a_removal(source: Path, out: Path, monkeypatch: pytest.MonkeyP
 def test_a_file_that_does_not_read_back_saves_its_source(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verify = removal.verify
+    verify = run.require_read_back
 
     def damaged(folder: Path, records: list[dict[str, object]]) -> None:
         file = folder / "1__weight__nf4.npy"
@@ -421,7 +422,7 @@ def test_a_file_that_does_not_read_back_saves_its_source(
         file.write_bytes(raw)
         verify(folder, records)
 
-    monkeypatch.setattr(removal, "verify", damaged)
+    monkeypatch.setattr(run, "require_read_back", damaged)
     with pytest.raises(ValueError, match=r"1__weight__nf4.npy does not read back .*; the source is kept"):
         convert(source, tmp_path / "out", delete_source=True)
     assert len(load_file(source / "1.safetensors")) == 2
@@ -470,7 +471,7 @@ def test_what_was_made_of_a_removed_shard_must_still_be_there(source: Path, tmp_
             raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("squish_nf4.checkpoint.conversion.committer.MOST_TENSORS", 1)
+        patch.setattr("squish_nf4.checkpoint.conversion.run.MOST_TENSORS", 1)
         with pytest.raises(StoppedError):
             convert(source, out, delete_source=True, progress=stop)
     shutil.copytree(out, tmp_path / "copy")

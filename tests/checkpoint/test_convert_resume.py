@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from squish_nf4.checkpoint.conversion.convert import Progress, UnfinishedError, convert
+from squish_nf4.checkpoint.conversion.convert import UnfinishedError, convert
+from squish_nf4.checkpoint.messages import Progress
 from tests.support.directories import gaussian, save_index, save_shard
 from tests.support.processes import start
 
@@ -349,7 +350,7 @@ def test_a_changed_option_is_refused(source: Path, tmp_path: Path, options: dict
 
 def test_another_writer_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(source, tmp_path / "out")
-    monkeypatch.setattr("squish_nf4.checkpoint.conversion.fingerprint.WRITER", "squish_nf4 99")
+    monkeypatch.setattr("squish_nf4.checkpoint.conversion.journal.WRITER", "squish_nf4 99")
     with pytest.raises(ValueError, match=r"another writer: it was squish_nf4 .*, and is squish_nf4 99"):
         convert(source, tmp_path / "out", resume=True)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from squish_nf4.checkpoint.conversion.convert import pick_group_size, quantize_tensor
-from squish_nf4.checkpoint.conversion.encode import encode
-from squish_nf4.checkpoint.conversion.options import Options
+from squish_nf4.checkpoint.conversion.encode import encode, quantize_tensor
+from squish_nf4.checkpoint.conversion.options import ConvertOptions
 from squish_nf4.checkpoint.values import smallest_lossless
+from squish_nf4.layout import pick_group_size
 from tests.support import reference
 from tests.support.directories import gaussian
 
@@ -20,7 +20,7 @@ FLOAT8 = [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.f
 
 
 def encoded(tensor, name="w", group_size=None, threshold=20.0, **options):
-    return encode(name, tensor, Options(group_size, threshold, **options))
+    return encode(name, tensor, ConvertOptions(group_size=group_size, outlier_threshold=threshold, **options))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_float64_row_below_the_range_of_float32_keeps_its_tensor_and_a_single_
     assert encoded(w).kind == "nf4"
     for factor in (1e-60, 1e-40):
         w[3] = factor * gaussian(64, dtype=torch.float64)
-        kept = encode("w", w, Options(include=["w"]))
+        kept = encode("w", w, ConvertOptions(include=["w"]))
         assert (kept.kind, kept.reason) == ("kept", "holds values beyond float32")
         assert np.array_equal(kept.arrays["__pt"], w.numpy())
 

@@ -22,7 +22,7 @@ from squish_nf4.checkpoint import resources
 from squish_nf4.checkpoint.audit.verify import verify
 from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.directory.reader import iter_npy_dir, load_npy_dir, open_directory
-from squish_nf4.checkpoint.directory.stored_tensor import BLOCK
+from squish_nf4.checkpoint.directory.stored_tensor import AT_ONCE
 from tests.support.directories import (
     MANIFEST,
     allocating_at_most,
@@ -317,7 +317,7 @@ def test_reading_takes_no_more_memory_than_was_asked_for(tmp_path: Path, kind: s
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         tensor = stored.read(dtype)
     assert tensor.shape == (2**10, 2**13)
-    assert peak_of(profiled) <= stored.nbytes + stored.bytes_as(dtype) + 16 * BLOCK  # torch counts mapped files too
+    assert peak_of(profiled) <= stored.nbytes + stored.bytes_as(dtype) + 16 * AT_ONCE  # torch counts mapped files too
 
 
 def peak_of(profiled: profile) -> int:

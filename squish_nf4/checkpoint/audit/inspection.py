@@ -1,78 +1,36 @@
-"""What is in a squish directory, tensor by tensor, in numbers: bits, errors, where they are, how levels are used.
-
-With the source errors are measured. Without it they are what the converter recorded, or else an estimate: the largest
-weight of a group is exact, and every other one lay anywhere in the cell of its level with equal chance.
-"""
+"""inspect: what is in a squish directory, tensor by tensor, in numbers. How they are measured stands in measure.py."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from squish_nf4.checkpoint.audit.compare import nibbles
-from squish_nf4.checkpoint.audit.inspectable import Inspectable, list_inspectable
-from squish_nf4.checkpoint.audit.measure import Group, GroupErrors
-from squish_nf4.checkpoint.directory.stored_tensor import as_torch
+from squish_nf4.checkpoint.audit.measure import Basis, Nf4Numbers, measure
+from squish_nf4.checkpoint.directory.format import ENDS, TENSORS
+from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_directory
 from squish_nf4.checkpoint.messages import Progress, shorten
-from squish_nf4.checkpoint.source.shards import open_source
-from squish_nf4.checkpoint.values import WIDENED, dtype_name, row_slices, to_numpy
-from squish_nf4.ops import dequantize_nf4
-
-Basis = Literal["measured", "recorded", "estimated"]
-
-TILE = 2**18  # weights looked at in one step
-
-
-def entropy_of(counts: Sequence[int]) -> float:
-    """Bits of information in an index, from how often each level is used; 4 if all are used alike."""
-    shares = np.array(counts) / max(1, sum(counts))
-    used = shares[shares > 0]
-    return float(-(used * np.log2(used)).sum()) + 0.0
-
-
-@dataclass(frozen=True)
-class Nf4Numbers:
-    """Of a tensor in NF4.
-
-    basis: where relative_rms comes from. relative_rms: ||w - decoded|| / ||w||. cosine, largest_error: of w and
-    decoded, only measured. squared_norm: ||w||^2 if measured, else ||decoded||^2. indices: how often each of the 16
-    levels is used. scales: smallest, median, largest magnitude. group_errors: how many groups have a relative error in
-    each bin of ERROR_EDGES. worst: the groups that make the most of the squared error, the worst first; measured, else
-    estimated.
-    """
-
-    group_size: int
-    basis: Basis
-    relative_rms: float
-    cosine: float | None
-    largest_error: float | None
-    squared_norm: float
-    indices: tuple[int, ...]
-    scales: tuple[float, float, float]
-    group_errors: tuple[int, ...]
-    worst: tuple[Group, ...]
-
-    @property
-    def snr(self) -> float:
-        """Signal to noise in dB; infinite without an error."""
-        return -20 * math.log10(self.relative_rms) if self.relative_rms else math.inf
-
-    @property
-    def entropy(self) -> float:
-        return entropy_of(self.indices)
+from squish_nf4.checkpoint.source.shards import Entry, open_source, opened
+from squish_nf4.checkpoint.values import WIDENED, Array, dtype_name
+from squish_nf4.layout import bits_per_weight
+from squish_nf4.ops import relative_error
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """One tensor. nbytes: of its files, or in its file. stored_as: "nf4", or the dtype it was kept in."""
+    """One tensor of what was inspected.
+
+    tied_to: the tensor whose files it has, if they are another's. stored_as: "nf4", or the dtype it was kept in.
+    reason: why it was kept, and source_dtype: what it was, as squish_nf4.json records them; None where nothing does.
+    nbytes: of its files, or of its values in a .safetensors file. nf4: what was measured, if it is in NF4.
+    """
 
     name: str
     tied_to: str | None
@@ -82,7 +40,7 @@ class Inspected:
     source_dtype: str | None
     nbytes: int
     bits_per_weight: float
-    nf4: Nf4Numbers | None
+    nf4: Nf4Numbers | None = None
 
     @property
     def size(self) -> int:
@@ -91,7 +49,7 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Inspection:
-    """tensors: in the order of the file. Tied ones are there under each name; sums count them once."""
+    """What inspect found. tensors: in the order of the file; tied ones under each name, and sums count them once."""
 
     path: Path
     source: Path | None
@@ -100,10 +58,12 @@ class Inspection:
 
     @property
     def owned(self) -> list[Inspected]:
+        """Every stored tensor once."""
         return [tensor for tensor in self.tensors if tensor.tied_to is None]
 
     @property
     def in_nf4(self) -> list[tuple[Inspected, Nf4Numbers]]:
+        """The tensors in NF4, each once, with what was measured of them."""
         return [(tensor, tensor.nf4) for tensor in self.owned if tensor.nf4]
 
     @property
@@ -116,7 +76,7 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of everything."""
+        """Bits a weight of all tensors together."""
         return sum(tensor.bits_per_weight * tensor.size for tensor in self.owned) / max(1, self.weights)
 
     @property
@@ -126,10 +86,10 @@ class Inspection:
 
     @property
     def relative_rms(self) -> float:
-        """Of all weights in NF4 together."""
+        """The relative error of all weights in NF4 together."""
         norm = sum(numbers.squared_norm for _, numbers in self.in_nf4)
         error = sum(numbers.squared_norm * numbers.relative_rms**2 for _, numbers in self.in_nf4)
-        return math.sqrt(error / norm) if norm else 0.0
+        return relative_error(error, norm)
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -145,6 +105,19 @@ class Inspection:
     def groups(self) -> str:
         """Where the errors of single groups come from: no record has them."""
         return "measured" if self.bases == ["measured"] else "estimated"
+
+
+@dataclass
+class Contents:
+    """What there is to look at.
+
+    tensors: by name, in the order of the file. loads: of each that is in NF4 and has files of its own, what reads its
+    packed bytes and scales. recorded: the relative errors that squish_nf4.json records.
+    """
+
+    tensors: dict[str, Inspected] = field(default_factory=dict)
+    loads: dict[str, Callable[[], tuple[Array, Array]]] = field(default_factory=dict)
+    recorded: dict[str, float] = field(default_factory=dict)
 
 
 def inspect(
@@ -167,88 +140,117 @@ def inspect(
     """
     started = time.perf_counter()
     path = Path(path)
-    items = {item.name: item for item in list_inspectable(path)}
+    contents = contents_of(path)
     original = open_source(Path(source)) if source is not None else None
     announce = progress or (lambda _: None)
-    total, done = sum(item.nbytes for item in items.values()), 0
+    total, done = sum(tensor.nbytes for tensor in contents.tensors.values()), 0
     numbers: dict[str, Nf4Numbers] = {}
 
-    def look(item: Inspectable, w: Tensor | None) -> None:
+    def look(name: str, w: Tensor | None) -> None:
         nonlocal done
-        announce(Progress(item.name, done, total))
-        numbers[item.name] = measure(item, w)
-        done += item.nbytes
+        announce(Progress(name, done, total))
+        packed, scales = contents.loads[name]()
+        exact = None if w is None else as_matrix(contents.tensors[name], w, packed)
+        numbers[name] = measure(packed, scales, exact, contents.recorded.get(name))
+        done += contents.tensors[name].nbytes
 
     for entry, w in original.tensors() if original else ():
-        item = items.get(entry.name)
-        if item is not None and item.load is not None and item.tied_to is None:
-            look(item, w)
-    for item in items.values():
-        if item.load is not None and item.tied_to is None and item.name not in numbers:
-            look(item, None)
-    return Inspection(
-        path,
-        Path(source) if source is not None else None,
-        tuple(describe(item, numbers.get(item.tied_to or item.name)) for item in items.values()),
-        time.perf_counter() - started,
-    )
+        if entry.name in contents.loads:
+            look(entry.name, w)
+    for name in contents.loads:
+        if name not in numbers:
+            look(name, None)
+    tensors = [replace(tensor, nf4=numbers.get(tensor.tied_to or name)) for name, tensor in contents.tensors.items()]
+    seconds = time.perf_counter() - started
+    return Inspection(path, Path(source) if source is not None else None, tuple(tensors), seconds)
 
 
-def describe(item: Inspectable, numbers: Nf4Numbers | None) -> Inspected:
-    return Inspected(
-        item.name,
-        item.tied_to,
-        item.shape,
-        item.stored_as,
-        item.reason,
-        item.source_dtype,
-        item.nbytes,
-        item.bits_per_weight,
-        numbers,
-    )
-
-
-def measure(item: Inspectable, w: Tensor | None) -> Nf4Numbers:
-    """Everything about a tensor in NF4; w: the one it was made of."""
-    assert item.load is not None
-    packed, scales = item.load()
-    rows, columns = packed.shape[0], 2 * packed.shape[1]
-    group_size = columns // scales.shape[1]
-    matrix = matching_matrix(item, w, (rows, columns))
-    errors = GroupErrors(scales.shape)
-    indices = np.zeros(16, np.int64)
-    for tile in row_slices(rows, columns, TILE):
-        used = nibbles(packed[tile])
-        indices += np.bincount(used.reshape(-1), minlength=16)
-        if matrix is None:
-            errors.estimate(tile, used, scales[tile])
-        else:
-            exact = to_numpy(matrix[tile].double()).astype(np.float64, copy=False)
-            decoded = dequantize_nf4(as_torch(packed[tile]), as_torch(scales[tile]), group_size).numpy()
-            errors.measure(tile, exact, decoded.astype(np.float64))
-    basis: Basis = "measured" if matrix is not None else "estimated"
-    relative_rms = errors.relative_rms
-    if matrix is None and item.recorded_error is not None:
-        basis, relative_rms = "recorded", item.recorded_error
-    magnitudes = np.abs(scales)
-    return Nf4Numbers(
-        group_size=group_size,
-        basis=basis,
-        relative_rms=relative_rms,
-        cosine=errors.cosine if matrix is not None else None,
-        largest_error=errors.largest_error if matrix is not None else None,
-        squared_norm=float(errors.norm.sum()),
-        indices=tuple(int(n) for n in indices),
-        scales=(float(magnitudes.min()), float(np.median(magnitudes)), float(magnitudes.max())) if rows else (0, 0, 0),
-        group_errors=errors.histogram(),
-        worst=errors.worst(scales, group_size),
-    )
-
-
-def matching_matrix(item: Inspectable, w: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    if w is None:
-        return None
-    if tuple(w.shape) != item.shape or not w.is_floating_point():
+def as_matrix(tensor: Inspected, w: Tensor, packed: Array) -> Tensor:
+    """The source's tensor in the rows that are packed. ValueError: it has another shape, or holds no weights."""
+    if tuple(w.shape) != tensor.shape or not w.is_floating_point():
         found = f"{dtype_name(w.dtype)} {tuple(w.shape)}"
-        raise ValueError(f"tensor {shorten(item.name)} has shape {item.shape}; in the source it is {found}")
-    return (w.float() if w.dtype in WIDENED else w).reshape(shape)
+        raise ValueError(f"tensor {shorten(tensor.name)} has shape {tensor.shape}; in the source it is {found}")
+    return (w.float() if w.dtype in WIDENED else w).reshape(packed.shape[0], 2 * packed.shape[1])
+
+
+def contents_of(path: Path) -> Contents:
+    """What path holds. FileNotFoundError, ValueError: it is nothing that inspect takes, or damaged."""
+    if path.name.endswith(".safetensors"):
+        return in_safetensors(path)
+    if path.name.endswith(ENDS):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
+        directory = path.absolute().parent.parent
+        if path.absolute().parent.name != TENSORS:
+            raise ValueError(f"{path} is in no squish directory; only files in a folder {TENSORS} are")
+        found = in_directory(open_directory(directory), path.name)
+        if not found.tensors:
+            raise ValueError(f"{path} is of no tensor of {directory}")
+        return found
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is neither a squish directory nor a .npy, .npy.zst or .safetensors file")
+    return in_directory(open_directory(path))
+
+
+def in_directory(directory: SquishDirectory, file_name: str | None = None) -> Contents:
+    """All tensors of a directory, or the one that a file belongs to."""
+    contents = Contents()
+    for name, tensor in directory.tensors.items():
+        tied = tensor.name != name
+        if file_name is not None and (tied or file_name not in {file.path.name for file in tensor.files.values()}):
+            continue
+        record = (directory.records or {}).get(tensor.name, {})
+        reason, dtype, error = (record.get(what) for what in ("reason", "source_dtype", "relative_error"))
+        contents.tensors[name] = Inspected(
+            name=name,
+            tied_to=tensor.name if tied else None,
+            shape=tensor.shape,
+            stored_as="nf4" if tensor.kind == "nf4" else str(tensor.files["__pt"].dtype),
+            reason=reason if isinstance(reason, str) else None,
+            source_dtype=dtype if isinstance(dtype, str) else None,
+            nbytes=tensor.nbytes,
+            bits_per_weight=tensor.bits_per_weight,
+        )
+        if tensor.kind == "nf4" and not tied:
+            contents.loads[name] = tensor.load_nf4
+        if isinstance(error, int | float):
+            contents.recorded[name] = float(error)
+    return contents
+
+
+def in_safetensors(path: Path) -> Contents:
+    """The tensors of a .safetensors file: the state of a quantized model, or any other."""
+    entries = {entry.name: entry for entry in open_source(path).entries}
+    scales_of = {name: scales for name, entry in entries.items() if (scales := find_scales(entry, entries))}
+    hidden = {scales.name for scales in scales_of.values()}
+    contents = Contents()
+    for name, entry in entries.items():
+        if name in hidden:
+            continue
+        shape, nbytes, stored_as = entry.shape, entry.nbytes, dtype_name(entry.dtype)
+        bits = 8.0 * entry.dtype.itemsize if entry.numel else 0.0
+        if scales := scales_of.get(name):
+            shape, nbytes, stored_as = (shape[0], 2 * shape[1]), nbytes + scales.nbytes, "nf4"
+            bits = bits_per_weight(shape[1], shape[1] // scales.shape[1]) if entry.numel else 0.0
+            contents.loads[name] = partial(load_pair, path, name, scales.name)
+        contents.tensors[name] = Inspected(name, None, shape, stored_as, None, None, nbytes, bits)
+    return contents
+
+
+def find_scales(entry: Entry, entries: dict[str, Entry]) -> Entry | None:
+    """The scales of a packed weight of an NF4Linear; None for any other tensor."""
+    if not entry.name.endswith("weight") or entry.dtype != torch.uint8 or len(entry.shape) != 2:
+        return None
+    scales = entries.get(f"{entry.name.removesuffix('weight')}scales")
+    if scales is None or scales.dtype != torch.float32 or len(scales.shape) != 2:
+        return None
+    if not scales.shape[1] or scales.shape[0] != entry.shape[0] or 2 * entry.shape[1] % scales.shape[1]:
+        raise ValueError(
+            f"{shorten(entry.name)} {entry.shape} and {shorten(scales.name)} {scales.shape} do not belong together"
+        )
+    return scales
+
+
+def load_pair(path: Path, packed: str, scales: str) -> tuple[Array, Array]:
+    with opened(path) as file:
+        return file.get_tensor(packed).numpy(), file.get_tensor(scales).numpy()

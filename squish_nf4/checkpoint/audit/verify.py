@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from squish_nf4.checkpoint.audit.against_source import compare_with_source
+from squish_nf4.checkpoint.audit.compare import compare_with_source
 from squish_nf4.checkpoint.directory.format import SIDECAR
 from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_leniently
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor

@@ -9,36 +9,36 @@ from squish_nf4.checkpoint.values import BLOCK
 MIB = 2**20
 DEFAULT_MAX_RAM = 1024 * MIB
 LEAST_MAX_RAM = 64 * MIB
-LARGEST_TILE = 2**21  # values; more would gain nothing
+LARGEST_STRETCH = 2**21  # values; more would gain nothing
 
-# Bytes for each value of a tile as it was read, widened and stored: float64 in NF4 takes 8 + 0.5 + 2 in groups of two,
-# bfloat16 kept in float16 2 + 4 + 2.
-OF_A_TILE = 12
+# Bytes for each value of a stretch as it was read, widened and stored: float64 in NF4 takes 8 + 0.5 + 2 in groups of
+# two, bfloat16 kept in float16 2 + 4 + 2.
+OF_A_STRETCH = 12
 # And for each value of the block that a thread looks at: a widened copy, and what it becomes.
 OF_A_BLOCK = 8
 
 
 @dataclass(frozen=True)
 class Budget:
-    """tile: values read at a time. workers: the threads that read and encode them."""
+    """stretch: values read at a time. workers: the threads that read and encode them."""
 
-    tile: int
+    stretch: int
     workers: int
 
     @property
     def ahead(self) -> int:
-        """Tiles that are under way or done, and not written yet: one is there when the writer asks for it."""
+        """Stretches that are under way or done, and not written yet: one is there when the writer asks for it."""
         return self.workers + 1
 
 
 def share_out(max_ram: int, longest_row: int, threads: int) -> Budget:
     """The budget for max_ram bytes of anonymous memory beyond the interpreter and the libraries.
 
-    A quarter of max_ram is shared out. The heaps of the threads keep what was freed, and so hold the tiles twice and
-    more; buffers of files and tables are not counted here either.
+    A quarter of max_ram is shared out. The heaps of the threads keep what was freed, and so hold the stretches twice
+    and more; buffers of files and tables are not counted here either.
 
     Args:
-        longest_row: values in the longest row that is quantized; a tile holds whole rows.
+        longest_row: values in the longest row that is quantized; a stretch holds whole rows.
         threads: the most that may work.
 
     Raises:
@@ -48,12 +48,12 @@ def share_out(max_ram: int, longest_row: int, threads: int) -> Budget:
         raise ValueError(f"max_ram must be at least {LEAST_MAX_RAM // MIB} MiB, got {max_ram / MIB:g} MiB")
     block = max(BLOCK, longest_row)
     for workers in range(threads, 0, -1):
-        # As the tensor that is written may turn out to be kept, tiles of it are read beside those that were read ahead.
-        tiles = 2 * (Budget(0, workers).ahead + 1)
-        tile = (max_ram // 4 - workers * OF_A_BLOCK * block) // (tiles * OF_A_TILE)
-        if tile >= block:
-            return Budget(max(block, min(tile, LARGEST_TILE)), workers)
-    needed = (tiles * OF_A_TILE + OF_A_BLOCK) * block * 4
+        # The tensor that is written may turn out to be kept: stretches of it are read beside those read ahead.
+        stretches = 2 * (Budget(0, workers).ahead + 1)
+        stretch = (max_ram // 4 - workers * OF_A_BLOCK * block) // (stretches * OF_A_STRETCH)
+        if stretch >= block:
+            return Budget(max(block, min(stretch, LARGEST_STRETCH)), workers)
+    needed = (stretches * OF_A_STRETCH + OF_A_BLOCK) * block * 4
     raise ValueError(
         f"a row of {longest_row} columns is quantized as a whole, which takes max_ram of {-(-needed // MIB)} MiB, "
         f"got {max_ram / MIB:g} MiB; passthrough keeps its tensor instead"

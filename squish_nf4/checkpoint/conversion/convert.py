@@ -7,58 +7,47 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from squish_nf4.checkpoint.conversion import fingerprint, recovery, removal
+from squish_nf4.checkpoint.conversion import recovery
 from squish_nf4.checkpoint.conversion.budget import DEFAULT_MAX_RAM, share_out
-from squish_nf4.checkpoint.conversion.dry_run import look_at_values
-from squish_nf4.checkpoint.conversion.encode import quantize_tensor
-from squish_nf4.checkpoint.conversion.journal import Journal
-from squish_nf4.checkpoint.conversion.notes import note_alike, note_other_group_sizes, note_unused, notes_on
-from squish_nf4.checkpoint.conversion.options import DEFAULT_OUTLIER_THRESHOLD, Options
+from squish_nf4.checkpoint.conversion.journal import Journal, header_of
+from squish_nf4.checkpoint.conversion.options import ConvertOptions
 from squish_nf4.checkpoint.conversion.output import Output
-from squish_nf4.checkpoint.conversion.plan import make_plan
-from squish_nf4.checkpoint.conversion.report import ConvertReport, TensorReport
-from squish_nf4.checkpoint.conversion.run import Run
-from squish_nf4.checkpoint.conversion.unfinished import UnfinishedError, saying_what_is_left
-from squish_nf4.checkpoint.directory import format as npy_dir
-from squish_nf4.checkpoint.directory.format import JOURNAL, alike, holds_apart
+from squish_nf4.checkpoint.conversion.plan import ConvertPlan, make_plan
+from squish_nf4.checkpoint.conversion.report import (
+    ConvertReport,
+    TensorReport,
+    note_alike,
+    note_other_group_sizes,
+    note_unused,
+    notes_on,
+    sidecar,
+)
+from squish_nf4.checkpoint.conversion.run import refuse_links, write_tensors
+from squish_nf4.checkpoint.conversion.stream import Workers, look_at_values
+from squish_nf4.checkpoint.directory.format import JOURNAL, RESERVED, State, alike, holds_apart, state_of
 from squish_nf4.checkpoint.directory.npy_writer import compressor
 from squish_nf4.checkpoint.messages import Progress, listed
 from squish_nf4.checkpoint.resources import DEFAULT_MIN_FREE_GB, require_room
 from squish_nf4.checkpoint.source.shards import Source
-from squish_nf4.layout import pick_group_size
 
-__all__ = [
-    "ConvertReport",
-    "Progress",
-    "TensorReport",
-    "UnfinishedError",
-    "convert",
-    "pick_group_size",
-    "quantize_tensor",
-]
 
-SIDECAR_VERSION = 1
+class UnfinishedError(OSError):
+    """The system, the disk above all, stopped a conversion that resume goes on with."""
 
 
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    group_size: int | None = None,
-    outlier_threshold: float = DEFAULT_OUTLIER_THRESHOLD,
-    passthrough: Sequence[str] = (),
-    include: Sequence[str] = (),
-    super_weight: bool = False,
-    ultra: bool = False,
     max_ram: int = DEFAULT_MAX_RAM,
     min_free_gb: float = DEFAULT_MIN_FREE_GB,
     resume: bool = False,
@@ -66,6 +55,7 @@ def convert(
     delete_source: bool = False,
     progress: Callable[[Progress], None] | None = None,
     on_tensor: Callable[[TensorReport], None] | None = None,
+    **options: Any,
 ) -> ConvertReport:
     """Convert a checkpoint to NF4: matrices to 4 bits, everything else kept exactly, every choice reported.
 
@@ -73,19 +63,15 @@ def convert(
         src: a .safetensors file, or a directory of shards with or without an index; from a directory the small files
             (config, tokenizer, ...) are copied along.
         dst: a new or empty directory, outside src.
-        group_size: for the tensors whose columns it divides; the others, and all if it is None, take pick_group_size.
-        outlier_threshold: a tensor is kept if in any row max|w| / (mean|w| + 1e-8) exceeds this; math.inf for never.
-        passthrough: names, parts of names or globs of tensors to keep, besides options.DEFAULT_PASSTHROUGH.
-        include: the same, of tensors that neither those defaults nor a large weight keeps from NF4.
-        super_weight: keep a tensor too if max|w| / mean|w| of a row exceeds 100.
-        ultra: store scales and kept tensors compressed where that makes them smaller.
         max_ram: bytes of anonymous memory to hold at most, beyond the interpreter and the libraries.
         min_free_gb: gigabytes (10^9 bytes) to leave free on the disk.
         resume: go on with an unfinished conversion in dst, if there is one.
         overwrite: replace an earlier conversion in dst, finished or not.
         delete_source: remove each shard when its output has been read back from the disk.
-        progress: called as each part of a tensor is waited for, and once more when all are done.
+        progress: called as each stretch of a tensor is waited for, and once more when all are done.
         on_tensor: called when a tensor is on the disk; not of those that an earlier run had finished.
+        options: what decides which bytes are written: the fields of ConvertOptions (group_size, outlier_threshold,
+            passthrough, include, super_weight, ultra).
 
     Returns:
         A report of every tensor, with totals and notes.
@@ -93,6 +79,7 @@ def convert(
     Raises:
         FileNotFoundError: src or a shard of it is missing.
         FileExistsError: dst is not empty, and what it holds is not what resume or overwrite is for.
+        TypeError: there is no such option.
         ValueError: a damaged source, a weight that is not finite, a name that cannot be a file name or collides with
             another, a source or an option that is not what an unfinished conversion was begun with.
         OSError: the disk has no room, or fails; UnfinishedError once writing has begun. Then the text of an error, and
@@ -100,26 +87,24 @@ def convert(
     """
     started = time.perf_counter()
     src, dst = Path(src), Path(dst)
-    options = Options(group_size, outlier_threshold, passthrough, include, super_weight, ultra)
+    chosen = ConvertOptions.named("convert", options)
     refuse_inside(src, dst)
-    if ultra:
+    if chosen.ultra:
         compressor()
     recovery.refuse_unless_free(dst, resume=resume, overwrite=overwrite)
     with ExitStack() as stack:
         journal = None
-        if npy_dir.state_of(dst) is npy_dir.State.UNFINISHED and not overwrite:
+        if state_of(dst) is State.UNFINISHED and not overwrite:
             journal = stack.enter_context(closing(Journal(dst / JOURNAL)))
-        plan = make_plan(src, options, journal)
+        plan = make_plan(src, chosen, journal)
         budget = share_out(max_ram, plan.longest_row, torch.get_num_threads())
         done = {fact["tensor"] for fact in journal.facts if "tensor" in fact} if journal else ()
         require_room(dst, plan.bytes_taken(delete_source, done) - recovery.bytes_freed(dst, overwrite), min_free_gb)
-        pool = stack.enter_context(ThreadPoolExecutor(budget.workers))
+        workers = Workers(stack.enter_context(ThreadPoolExecutor(budget.workers)), budget)
         if delete_source:
-            removal.refuse_links(plan.source.shards)
-            # A weight that is refused is found before a shard is removed: after that no other options could be tried.
-            unread = [p for p in plan.tensors if p.tied_to is None and p.entry.shard.path.exists()]
-            look_at_values(replace(plan, tensors=unread), pool, budget, lambda _: None)
-        header = fingerprint.header_of(plan.source, options, plan.tied)
+            refuse_links(plan.source.shards)
+            refuse_values_before_removing(plan, workers)
+        header = header_of(plan.source, chosen, plan.tied)
         if journal is not None:
             output = recovery.resume(dst, journal, header)
         else:
@@ -127,22 +112,53 @@ def convert(
         with saying_what_is_left(output, len(plan.tensors)):
             refuse_alike(output, plan.keys)
             resumed = len(output.records)
-            run = Run(plan, output, min_free_gb, delete_source, progress, on_tensor)
-            run.write_tensors(pool, budget)
+            write_tensors(
+                plan,
+                output,
+                workers,
+                min_free_gb=min_free_gb,
+                delete_source=delete_source,
+                progress=progress or (lambda _: None),
+                on_tensor=on_tensor or (lambda _: None),
+            )
             copied, left = copy_small_files(plan.source, output)
             tensors = [TensorReport.from_record(name, output.records[name]) for name in plan.manifest]
             notes = [
                 *plan.source.notes,
                 *note_alike(plan.keys),
-                *note_unused(options, list(plan.keys)),
+                *note_unused(chosen, list(plan.keys)),
                 *left,
                 *notes_on(tensors),
-                *note_other_group_sizes(group_size, tensors),
+                *note_other_group_sizes(chosen.group_size, tensors),
             ]
             seconds = time.perf_counter() - started
             report = ConvertReport(src, dst, tuple(tensors), resumed, copied, tuple(notes), seconds)
-            output.finish(plan.manifest, report.stats(), sidecar(report, options, output))
+            output.finish(plan.manifest, report.stats(), sidecar(report, chosen, output))
     return report
+
+
+def dry_run(
+    src: str | os.PathLike[str],
+    *,
+    max_ram: int = DEFAULT_MAX_RAM,
+    progress: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> ConvertPlan:
+    """What convert would do, exactly: every value is looked at, and nothing is written.
+
+    Args:
+        src, max_ram, progress, options: as for convert.
+
+    Returns:
+        The plan of a conversion, every tensor decided.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as convert would.
+    """
+    plan = make_plan(Path(src), ConvertOptions.named("dry_run", options))
+    budget = share_out(max_ram, plan.longest_row, torch.get_num_threads())
+    with ThreadPoolExecutor(budget.workers) as pool:
+        return look_at_values(plan, Workers(pool, budget), progress or (lambda _: None))
 
 
 def refuse_inside(src: Path, dst: Path) -> None:
@@ -150,8 +166,14 @@ def refuse_inside(src: Path, dst: Path) -> None:
         raise ValueError(f"{dst} lies inside the source {src}; convert into a directory outside it")
 
 
+def refuse_values_before_removing(plan: ConvertPlan, workers: Workers) -> None:
+    """A weight that is refused is found before a shard is removed: after that no other options could be tried."""
+    unread = [planned for planned in plan.tensors if planned.tied_to is None and planned.entry.shard.path.exists()]
+    look_at_values(replace(plan, tensors=unread), workers, lambda _: None)
+
+
 def refuse_alike(output: Output, keys: Mapping[str, str]) -> None:
-    """Names that the output's file system takes for one."""
+    """Refuses names that the output's file system takes for one."""
     for names in alike(keys):
         if not holds_apart(output.folder, [keys[name] for name in names]):
             raise ValueError(
@@ -165,7 +187,7 @@ def copy_small_files(source: Source, output: Output) -> tuple[tuple[str, ...], l
     copied: list[str] = []
     notes: list[str] = []
     for file, place in source.small_files:
-        if place.parts[0].lower() in npy_dir.RESERVED:
+        if place.parts[0].lower() in RESERVED:
             notes.append(f"not copied: {place} (a squish directory has its own {place.parts[0].lower()})")
         elif output.copy(file, place):
             copied.append(place.as_posix())
@@ -174,12 +196,26 @@ def copy_small_files(source: Source, output: Output) -> tuple[tuple[str, ...], l
     return tuple(copied), notes
 
 
-def sidecar(report: ConvertReport, options: Options, output: Output) -> dict[str, Any]:
-    """squish_nf4.json: no paths and no times, so that the same source and options give the same bytes."""
-    return {
-        "format_version": SIDECAR_VERSION,
-        "writer": fingerprint.WRITER,
-        "options": options.as_json(),
-        "tensors": {tensor.name: output.records[tensor.name] for tensor in report.tensors},
-        "copied": {place: output.copied[place] for place in report.copied},
-    }
+@contextmanager
+def saying_what_is_left(output: Output, tensors: int) -> Iterator[None]:
+    """What stops the writing says, beside its cause, what it leaves behind."""
+
+    def left() -> str:
+        return (
+            f"{output.path} is left unfinished, with {len(output.records)} of {tensors} tensors: no reader takes it "
+            "for a checkpoint"
+        )
+
+    goes_on = "resume goes on with it"
+    starts_anew = "when the source or the options are mended, overwrite starts anew"
+
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted. {left()}; {goes_on}") from error
+    except OSError as error:
+        facts = () if error.errno is None else (error.errno, f"{error.strerror}. {left()}; {goes_on}", error.filename)
+        raise UnfinishedError(*facts or (f"{error}. {left()}; {goes_on}",)) from error
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError  # not a subclass: some take other arguments
+        raise kind(f"{error}. {left()}; {starts_anew}") from error

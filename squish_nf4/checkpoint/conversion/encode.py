@@ -1,7 +1,7 @@
 """Rows of a checkpoint's tensor in NF4, or the reason to keep the tensor as it is. No files here.
 
-A tensor may come in parts: rows in multiples of rows_at_once(d, BLOCK), one after the other. What comes out does not
-depend on how it was cut, nor on who looked at which part.
+A tensor may come in stretches: rows in multiples of rows_at_once(d, BLOCK), one stretch after the other. What comes out
+does not depend on how it was cut, nor on who looked at which stretch.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from squish_nf4.checkpoint.conversion.options import DEFAULT_OUTLIER_THRESHOLD, Limits, Options
+from squish_nf4.checkpoint.conversion.options import ConvertOptions, Limits
 from squish_nf4.checkpoint.messages import shorten
 from squish_nf4.checkpoint.values import BLOCK, WIDENED, Array, dtype_name, row_slices, smallest_lossless, to_numpy
 from squish_nf4.layout import pick_group_size
+from squish_nf4.ops import RowSurvey, relative_error, survey_nf4
 
 Kind = Literal["nf4", "kept"]
 
@@ -44,7 +45,7 @@ class Survey:
     beyond_float32: bool = False
 
     def joined(self, later: Survey) -> Survey:
-        """With rows that come after these; of equal ratios the first row counts."""
+        """The survey of these rows and of later ones; of equal ratios the first row counts."""
         return Survey(
             max(self.outlier, later.outlier, key=lambda found: found[0]),
             max(self.peak, later.peak, key=lambda found: found[0]),
@@ -52,6 +53,7 @@ class Survey:
         )
 
     def reason_to_keep(self, limits: Limits) -> str | None:
+        """The sentence that says why the tensor is kept; None if no value speaks against NF4."""
         if self.beyond_float32:
             return "holds values beyond float32"
         if self.peak[0] > limits.super_weight:
@@ -77,8 +79,16 @@ class EncodedRows:
     squares: Sequence[tuple[float, float]]
 
 
-def reason_to_keep(name: str, dtype: torch.dtype, shape: Sequence[int], options: Options) -> str | None:
-    """What can be told without looking at a value."""
+@dataclass(frozen=True)
+class KeptValues:
+    """What some values of a kept tensor ask of the dtype it is kept in, and whether all of them are finite."""
+
+    dtype: np.dtype[np.generic]
+    finite: bool
+
+
+def reason_to_keep(name: str, dtype: torch.dtype, shape: Sequence[int], options: ConvertOptions) -> str | None:
+    """Why a tensor is kept, as far as its name, dtype and shape tell; None: its values decide."""
     if found := options.passed_through_by(name):
         return f"on passthrough ({found})"
     if not dtype.is_floating_point:
@@ -95,7 +105,7 @@ def reason_to_keep(name: str, dtype: torch.dtype, shape: Sequence[int], options:
 
 
 def group_size_for(d: int, wanted: int | None) -> int:
-    """The wanted one where it divides the columns."""
+    """The group size of a tensor of d columns: the wanted one where it divides them, else pick_group_size's."""
     return wanted if wanted and d % wanted == 0 else pick_group_size(d)
 
 
@@ -115,39 +125,31 @@ def encode_rows(name: str, first_row: int, w: Tensor, group_size: int, limits: L
         # The bare operators: what is not finite is found below, and the threads have better things to do than to check.
         block_packed, block_scales = torch.ops.squish.quantize_nf4(values, group_size)
         packed[at], scales[at] = block_packed.numpy(), block_scales.numpy()
-        found = RowSurvey(*torch.ops.squish._survey_nf4(values, block_packed, block_scales, group_size).numpy().T)
+        found = survey_nf4(values, block_packed, block_scales, group_size)
         survey = survey.joined(survey_of(name, first_row + at.start, block, found))
-        squares.append((float(found.squared_error.sum()), float(found.square.sum())))
+        squares.append((float(found.squared_error.numpy().sum()), float(found.square.numpy().sum())))
     fits = survey.reason_to_keep(limits) is None
     return EncodedRows(survey, packed if fits else None, scales if fits else None, squares)
 
 
-class RowSurvey(NamedTuple):
-    """What the operator says of each row, in float64: of |w| the largest and the sum, of w the squared norm and the
-    squared norm of what is lost."""
-
-    largest: Floats
-    sum: Floats
-    square: Floats
-    squared_error: Floats
-
-
 def survey_of(name: str, first_row: int, w: Tensor, rows: RowSurvey) -> Survey:
     """Refuses the non-finite. A row of float64 whose largest value float32 holds as a subnormal or 0 is beyond it."""
-    if not np.isfinite(rows.largest).all():
+    largest, sums = rows.largest.numpy(), rows.sum.numpy()
+    if not np.isfinite(largest).all():
         refuse_non_finite(name, first_row, w)
         return Survey(beyond_float32=True)  # finite, but only as float64
-    if w.dtype == torch.float64 and bool(w[torch.from_numpy(rows.largest < SMALLEST_NORMAL)].count_nonzero()):
+    if w.dtype == torch.float64 and bool(w[torch.from_numpy(largest < SMALLEST_NORMAL)].count_nonzero()):
         return Survey(beyond_float32=True)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        largest, mean = rows.largest.astype(np.float32), (rows.sum / w.shape[1]).astype(np.float32)
-        outliers = largest / (mean + np.float32(1e-8))
-        peaks = np.where(mean > 0, largest / mean, 0)
+        magnitude, mean = largest.astype(np.float32), (sums / w.shape[1]).astype(np.float32)
+        outliers = magnitude / (mean + np.float32(1e-8))
+        peaks = np.where(mean > 0, magnitude / mean, 0)
     outlier, peak = int(outliers.argmax()), int(peaks.argmax())
     return Survey((float(outliers[outlier]), first_row + outlier), (float(peaks[peak]), first_row + peak))
 
 
 def refuse_non_finite(name: str, first_row: int, w: Tensor) -> None:
+    """Raises ValueError if w, in its own dtype, holds NaN or infinity; says where."""
     for at, block in blocks(w):
         places = np.argwhere(~np.isfinite(to_numpy(block)))
         if len(places):
@@ -159,10 +161,9 @@ def refuse_non_finite(name: str, first_row: int, w: Tensor) -> None:
             )
 
 
-def relative_error(squares: Sequence[tuple[float, float]]) -> float:
-    """||w - dequantized|| / ||w|| of all the blocks; 0 if w is."""
-    lost, norm = math.fsum(lost for lost, _ in squares), math.fsum(norm for _, norm in squares)
-    return math.sqrt(lost / norm) if norm else 0.0
+def error_of_blocks(squares: Sequence[tuple[float, float]]) -> float:
+    """The relative error of a tensor, of whose blocks these are (squared error, squared norm)."""
+    return relative_error(math.fsum(lost for lost, _ in squares), math.fsum(norm for _, norm in squares))
 
 
 def blocks(w: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -182,7 +183,7 @@ class Encoded:
     relative_error: float = 0.0
 
 
-def encode(name: str, tensor: Tensor, options: Options) -> Encoded:
+def encode(name: str, tensor: Tensor, options: ConvertOptions) -> Encoded:
     """A tensor in memory as a conversion would store it. ValueError: a weight that would be quantized is not finite."""
     tensor = tensor.detach().cpu()
     shape = {"__shape": np.array(tuple(tensor.shape), dtype=np.int64)}
@@ -194,7 +195,7 @@ def encode(name: str, tensor: Tensor, options: Options) -> Encoded:
         rows = encode_rows(name, 0, w, group_size, limits)
         if rows.packed is not None and rows.scales is not None:
             arrays = {"__nf4": rows.packed, "__s_nf4": rows.scales, **shape}
-            return Encoded("nf4", arrays, None, group_size, relative_error(rows.squares))
+            return Encoded("nf4", arrays, None, group_size, error_of_blocks(rows.squares))
         reason = rows.survey.reason_to_keep(limits)
     try:
         values = to_numpy(tensor)
@@ -203,36 +204,26 @@ def encode(name: str, tensor: Tensor, options: Options) -> Encoded:
     return Encoded("kept", {"__pt": smallest_lossless(values), **shape}, reason)
 
 
-def quantize_tensor(
-    name: str,
-    tensor: Tensor,
-    *,
-    group_size: int | None = None,
-    outlier_threshold: float = DEFAULT_OUTLIER_THRESHOLD,
-    passthrough: Sequence[str] = (),
-    include: Sequence[str] = (),
-    super_weight: bool = False,
-) -> dict[str, Array]:
+def quantize_tensor(name: str, tensor: Tensor, **options: Any) -> dict[str, Array]:
     """The arrays that a squish directory stores for one tensor, by file suffix.
 
     Args:
         name: the tensor's name, for passthrough, include and messages.
         tensor: (..., d), any shape and dtype that numpy can hold; floats that it cannot are widened without loss.
-        group_size: columns that share a scale; divides d. None: pick_group_size(d).
-        outlier_threshold, passthrough, include, super_weight: as for convert.
+        options: the fields of ConvertOptions. group_size has to divide d here; ultra changes no array.
 
     Returns:
         {"__nf4": (rows, d/2) uint8, "__s_nf4": (rows, d/group_size) float32, "__shape": (ndim,) int64}, rows being the
         product of the leading dimensions; or {"__pt", "__shape"} for a tensor that is kept, which is then exact.
 
     Raises:
-        ValueError: a weight is NaN or infinite, or group_size does not divide d.
-        TypeError: numpy cannot hold the dtype.
+        ValueError: a weight is NaN or infinite, an option is wrong, or group_size does not divide d.
+        TypeError: numpy cannot hold the dtype, or there is no such option.
     """
-    options = Options(group_size, outlier_threshold, passthrough, include, super_weight)
-    encoded = encode(name, tensor, options)
-    if group_size and encoded.group_size not in (None, group_size):
+    chosen = ConvertOptions.named("quantize_tensor", options)
+    encoded = encode(name, tensor, chosen)
+    if chosen.group_size and encoded.group_size not in (None, chosen.group_size):
         raise ValueError(
-            f"tensor {shorten(name)} has {tensor.shape[-1]} columns, not a multiple of group_size={group_size}"
+            f"tensor {shorten(name)} has {tensor.shape[-1]} columns, not a multiple of group_size={chosen.group_size}"
         )
     return encoded.arrays

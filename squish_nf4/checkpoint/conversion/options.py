@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
 DEFAULT_OUTLIER_THRESHOLD = 20.0
-
 SUPER_WEIGHT = 100.0  # times the mean magnitude of its row
 
 # The routers of mixtures of experts: a few kilobytes that decide which experts run at all.
@@ -27,16 +26,20 @@ class Limits:
     super_weight: float = math.inf
 
 
-@dataclass(frozen=True)
-class Options:
-    """Checked when made: ValueError for a wrong value, TypeError for a wrong type.
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """The options of convert, dry_run and quantize_tensor, each given to them by its name.
 
-    group_size: for the tensors whose columns it divides; None, and the others: pick_group_size.
-    outlier_threshold: a tensor is kept if in any row max|w| / (mean|w| + 1e-8) exceeds this; math.inf for never.
-    passthrough: names, parts of names or globs of tensors to keep, besides DEFAULT_PASSTHROUGH.
-    include: the same, of tensors that neither DEFAULT_PASSTHROUGH nor a large weight keeps from NF4.
-    super_weight: keep a tensor if a weight exceeds SUPER_WEIGHT times the mean magnitude of its row.
-    ultra: scales and kept tensors are compressed where that makes them smaller.
+    Attributes:
+        group_size: for the tensors whose columns it divides; the others, and all if it is None, take pick_group_size.
+        outlier_threshold: a tensor is kept if in any row max|w| / (mean|w| + 1e-8) exceeds this; math.inf for never.
+        passthrough: names, parts of names or globs of tensors to keep, besides DEFAULT_PASSTHROUGH.
+        include: the same, of tensors that neither DEFAULT_PASSTHROUGH nor a large weight keeps from NF4.
+        super_weight: keep a tensor too if max|w| / mean|w| of a row exceeds SUPER_WEIGHT.
+        ultra: store scales and kept tensors compressed where that makes them smaller.
+
+    Raises:
+        ValueError: a value is wrong. TypeError: its type is.
     """
 
     group_size: int | None = None
@@ -60,13 +63,22 @@ class Options:
             if "" in patterns:
                 raise ValueError(f"{what} holds an empty name, which is part of every name")
 
+    @classmethod
+    def named(cls, function: str, options: Mapping[str, Any]) -> ConvertOptions:
+        """The options that a function was called with. TypeError: it was given one that there is not."""
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"{function}: there is no option {unknown[0]!r}; there are {', '.join(known)}")
+        return cls(**options)
+
     def limits(self, *names: str) -> Limits:
-        """Of a tensor of these names, one of which is enough to include it."""
+        """The limits of a tensor of these names, one of which is enough to include it."""
         if any(self.includes(name) for name in names):
             return Limits()
         return Limits(self.outlier_threshold, SUPER_WEIGHT if self.super_weight else math.inf)
 
     def includes(self, name: str) -> bool:
+        """Whether a tensor of this name goes to NF4 though it is a router or holds a large weight."""
         return bool(matching(name, self.include))
 
     def passed_through_by(self, name: str) -> str | None:
@@ -76,7 +88,7 @@ class Options:
         return None if self.includes(name) else next(iter(matching(name, DEFAULT_PASSTHROUGH)), None)
 
     def as_json(self) -> dict[str, Any]:
-        """As squish_nf4.json and the journal hold them."""
+        """The form in which squish_nf4.json and the journal hold the options."""
         return {
             "group_size": self.group_size,
             "outlier_threshold": self.outlier_threshold if math.isfinite(self.outlier_threshold) else None,

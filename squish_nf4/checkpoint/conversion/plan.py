@@ -1,28 +1,30 @@
-"""What a conversion will do with each tensor, as far as headers can tell."""
+"""What becomes of each tensor: make_plan says it as far as names and headers tell, decide once its values are known."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from squish_nf4.checkpoint.conversion.encode import group_size_for, reason_to_keep
-from squish_nf4.checkpoint.conversion.fingerprint import recall_removed
-from squish_nf4.checkpoint.conversion.journal import Journal
-from squish_nf4.checkpoint.conversion.options import Limits, Options
-from squish_nf4.checkpoint.conversion.tied import find_tied
+from squish_nf4.checkpoint.conversion.encode import KeptValues, Survey, group_size_for, reason_to_keep
+from squish_nf4.checkpoint.conversion.journal import Journal, recall_removed
+from squish_nf4.checkpoint.conversion.options import ConvertOptions, Limits
 from squish_nf4.checkpoint.directory.format import keys_of
 from squish_nf4.checkpoint.directory.npy_header import npy_nbytes
 from squish_nf4.checkpoint.resources import peak
 from squish_nf4.checkpoint.source.shards import Entry, Shard, Source, open_source
+from squish_nf4.checkpoint.source.tied import find_tied
 from squish_nf4.checkpoint.values import BLOCK, WIDENED, dtype_name, rows_at_once
+from squish_nf4.layout import bits_per_weight
 
 UINT8, FLOAT32, INT64 = np.dtype(np.uint8), np.dtype(np.float32), np.dtype(np.int64)
+
+Stretch = tuple[int, int]  # of a tensor's values: the first, and how many; what is read at once
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,12 @@ class Planned:
     reason: why it is kept; None: it goes to NF4, if no value of it speaks against that.
     group_size: None if it is kept.
     tied_to: the tensor of the same values that is stored for both.
-    kept_dtype: the one it is kept in, once its values were looked at.
+
+    Known once its values were looked at (see decide):
+    kept_dtype: the one it is kept in; None if it goes to NF4.
+    finite: False if it is kept with a NaN or infinity.
+    outlier: the largest max|w| / (mean|w| + 1e-8) of a row; None if nobody looked for it.
+    nf4_bytes: what its files would take in NF4, if a large weight keeps it from that.
     """
 
     entry: Entry
@@ -42,6 +49,9 @@ class Planned:
     limits: Limits
     tied_to: str | None = None
     kept_dtype: np.dtype[np.generic] | None = None
+    finite: bool = True
+    outlier: float | None = None
+    nf4_bytes: int | None = None
 
     @property
     def rows(self) -> int:
@@ -52,46 +62,49 @@ class Planned:
         return self.entry.shape[-1]
 
     @property
-    def nf4_arrays(self) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
-        """By suffix, what NF4 would take; for a tensor with a group size."""
-        assert self.group_size is not None
+    def kept_as(self) -> np.dtype[np.generic]:
+        """The dtype it is kept in; the widest that it can be while its values were not looked at."""
+        return self.kept_dtype or widest_kept(self.entry)
+
+    def nf4_arrays(self, group_size: int) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
+        """The dtype and shape of each array that it is in NF4, by suffix."""
         return {
             "__nf4": (UINT8, (self.rows, self.columns // 2)),
-            "__s_nf4": (FLOAT32, (self.rows, self.columns // self.group_size)),
+            "__s_nf4": (FLOAT32, (self.rows, self.columns // group_size)),
             "__shape": (INT64, (len(self.entry.shape),)),
         }
 
-    @property
-    def nf4_nbytes(self) -> int:
-        return sum(npy_nbytes(dtype, shape) for dtype, shape in self.nf4_arrays.values())
-
-    def kept_nbytes(self, dtype: np.dtype[np.generic]) -> int:
-        """Of the files of the tensor, kept in that dtype."""
-        return npy_nbytes(dtype, self.entry.shape) + npy_nbytes(INT64, (len(self.entry.shape),))
+    def kept_arrays(self) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
+        """The dtype and shape of each array that it is when it is kept, by suffix."""
+        return {"__pt": (self.kept_as, self.entry.shape), "__shape": (INT64, (len(self.entry.shape),))}
 
     @cached_property
     def nbytes(self) -> int:
-        """Of its files, not compressed; the most that a tensor takes whose kept_dtype is not known."""
+        """Bytes of its files, not compressed; the most that a tensor takes whose kept_dtype is not known."""
         if self.tied_to is not None:
             return 0
-        return self.nf4_nbytes if self.group_size else self.kept_nbytes(self.kept_dtype or widest_kept(self.entry))
+        return nbytes_of(self.nf4_arrays(self.group_size) if self.group_size else self.kept_arrays())
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the values, scales included, file headers not; 0 if nothing is stored."""
+        """Bits of the values, scales included, file headers not; 0 if nothing is stored."""
         if self.tied_to is not None or not self.entry.numel:
             return 0.0
-        kept = self.kept_dtype or widest_kept(self.entry)
-        return 4 + 32 / self.group_size if self.group_size else 8.0 * kept.itemsize
+        return bits_per_weight(self.columns, self.group_size) if self.group_size else 8.0 * self.kept_as.itemsize
 
-    def stretches(self, tile: int) -> list[tuple[int, int]]:
-        """(first value, values) of the parts it is read in, at most tile values each; one part if it is empty.
+    def stretches(self, longest: int) -> list[Stretch]:
+        """The stretches it is read in, at most so many values each; one of none if it is empty.
 
-        Of NF4 they hold whole rows, as many as encode.py wants; tile is enough for that (budget.py).
+        In NF4 they hold whole rows, as many as encode.py wants; longest is enough for that (budget.py).
         """
         unit = BLOCK if self.reason else self.columns * rows_at_once(self.columns, BLOCK)
-        step = max(1, tile // unit) * unit
+        step = max(1, longest // unit) * unit
         return [(first, min(step, self.entry.numel - first)) for first in range(0, max(1, self.entry.numel), step)]
+
+
+def nbytes_of(arrays: Mapping[str, tuple[np.dtype[np.generic], tuple[int, ...]]]) -> int:
+    """Bytes of the .npy files of some arrays."""
+    return sum(npy_nbytes(dtype, shape) for dtype, shape in arrays.values())
 
 
 def widest_kept(entry: Entry) -> np.dtype[np.generic]:
@@ -101,12 +114,35 @@ def widest_kept(entry: Entry) -> np.dtype[np.generic]:
     return np.dtype(dtype_name(entry.dtype))
 
 
+def decide(planned: Planned, surveys: Iterable[Survey], look: Callable[[Planned], Iterable[KeptValues]]) -> Planned:
+    """What becomes of a tensor, now that its values are looked at: one rule for converting and for a dry run.
+
+    Args:
+        surveys: what its stretches say about quantizing it, in their order; used if it is to go to NF4.
+        look: looks at the values of a tensor that is kept, stretch by stretch; called if it is, maybe after all.
+    """
+    if (group_size := planned.group_size) is not None:
+        survey = Survey()
+        for found in surveys:
+            survey = survey.joined(found)
+        outlier = None if survey.beyond_float32 else survey.outlier[0]
+        reason = survey.reason_to_keep(planned.limits)
+        planned = replace(planned, reason=reason, outlier=outlier)
+        if reason is None:
+            return planned
+        would_take = None if outlier is None else nbytes_of(planned.nf4_arrays(group_size))
+        planned = replace(planned, group_size=None, nf4_bytes=would_take)
+    looks = list(look(planned))
+    widest = max((found.dtype for found in looks), key=lambda dtype: dtype.itemsize)
+    return replace(planned, kept_dtype=widest, finite=all(found.finite for found in looks))
+
+
 @dataclass(frozen=True)
-class Plan:
+class ConvertPlan:
     """A checkpoint to convert: one Planned per tensor, in the order of the source."""
 
     source: Source
-    options: Options
+    options: ConvertOptions
     tied: Mapping[str, str]
     keys: Mapping[str, str]  # of every name, its own, whether or not it is stored under another
     tensors: Sequence[Planned]
@@ -139,7 +175,7 @@ class Plan:
         return small + peak(steps)
 
 
-def make_plan(src: Path, options: Options, journal: Journal | None = None) -> Plan:
+def make_plan(src: Path, options: ConvertOptions, journal: Journal | None = None) -> ConvertPlan:
     """Reads the headers of a source, and little more.
 
     Args:
@@ -165,4 +201,4 @@ def make_plan(src: Path, options: Options, journal: Journal | None = None) -> Pl
         group_size = None if reason else group_size_for(entry.shape[-1], options.group_size)
         limits = options.limits(*names[owner])
         tensors.append(Planned(entry, keys[owner], reason, group_size, limits, tied.get(entry.name)))
-    return Plan(source, options, tied, keys, tensors)
+    return ConvertPlan(source, options, tied, keys, tensors)

@@ -1,17 +1,25 @@
-"""What a conversion does and did, for a program to read or a command line to show."""
+"""What a conversion did, for a program to read or a command line to show: reports, notes, and squish_nf4.json."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from squish_nf4.checkpoint.conversion.journal import WRITER
+from squish_nf4.checkpoint.conversion.options import ConvertOptions, matching
+from squish_nf4.checkpoint.conversion.output import Output
+from squish_nf4.checkpoint.conversion.plan import Planned
+from squish_nf4.checkpoint.directory.format import alike
 from squish_nf4.checkpoint.directory.npy_writer import StoredFile
-from squish_nf4.checkpoint.values import dtype_named
+from squish_nf4.checkpoint.messages import listed
+from squish_nf4.checkpoint.values import dtype_name, dtype_named
+from squish_nf4.layout import bits_per_weight
 
 
 @dataclass(frozen=True)
@@ -34,16 +42,17 @@ class TensorReport:
 
     @property
     def bytes_in(self) -> int:
+        """Bytes of its values in the source."""
         return math.prod(self.shape) * dtype_named(self.source_dtype).itemsize
 
     @property
     def bytes_out(self) -> int:
-        """Of its files."""
+        """Bytes of its files."""
         return sum(file.nbytes for file in self.files)
 
     @property
     def bytes_saved(self) -> int:
-        """By compressing files."""
+        """Bytes that compressing files has saved."""
         return sum(file.plain_nbytes - file.nbytes for file in self.files)
 
     @property
@@ -53,10 +62,31 @@ class TensorReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the values before compression, scales included, file headers not; 0 if it is empty."""
+        """Bits of the values before compression, scales included, file headers not; 0 if it is empty."""
         if 0 in self.shape:
             return 0.0
-        return 4 + 32 / self.group_size if self.group_size else 8.0 * np.dtype(self.stored_dtype).itemsize
+        kept_bits = 8.0 * np.dtype(self.stored_dtype).itemsize if self.kind == "kept" else 0.0
+        return bits_per_weight(self.shape[-1], self.group_size) if self.group_size else kept_bits
+
+    @classmethod
+    def of(cls, decided: Planned, relative_error: float, files: Sequence[StoredFile]) -> TensorReport:
+        """The report on a tensor of which all is written. relative_error: of its values in NF4, if it is in NF4."""
+        in_nf4 = decided.group_size is not None
+        return cls(
+            name=decided.entry.name,
+            kind="nf4" if in_nf4 else "kept",
+            reason=decided.reason,
+            source_dtype=dtype_name(decided.entry.dtype),
+            stored_dtype="nf4" if in_nf4 else str(decided.kept_as),
+            shape=decided.entry.shape,
+            group_size=decided.group_size,
+            relative_error=relative_error if in_nf4 else 0.0,
+            outlier=decided.outlier,
+            nf4_bytes=decided.nf4_bytes,
+            finite=decided.finite,
+            tied_to=decided.tied_to,
+            files=tuple(files),
+        )
 
     def record(self) -> dict[str, Any]:
         """Its entry in squish_nf4.json."""
@@ -116,7 +146,7 @@ class ConvertReport:
 
     @property
     def bytes_saved(self) -> int:
-        """By compressing files."""
+        """Bytes that compressing files has saved."""
         return sum(tensor.bytes_saved for tensor in self.tensors)
 
     @property
@@ -150,3 +180,72 @@ class ConvertReport:
             "ratio": round(self.ratio, 4),
             "seconds": round(self.seconds, 3),
         }
+
+
+SIDECAR_VERSION = 1
+
+
+def sidecar(report: ConvertReport, options: ConvertOptions, output: Output) -> dict[str, Any]:
+    """squish_nf4.json: no paths and no times, so that the same source and options give the same bytes."""
+    return {
+        "format_version": SIDECAR_VERSION,
+        "writer": WRITER,
+        "options": options.as_json(),
+        "tensors": {tensor.name: output.records[tensor.name] for tensor in report.tensors},
+        "copied": {place: output.copied[place] for place in report.copied},
+    }
+
+
+# --- notes: what a careful reader of a report would want to know, a sentence each -------------------------------------
+
+
+def note_alike(keys: Mapping[str, str]) -> list[str]:
+    """Names that a case-insensitive file system takes for one."""
+    return [
+        f"names that differ only by case or Unicode form: {listed(names)}; a copy of the directory to a file system "
+        "that ignores the difference (the usual on macOS and Windows) would lose a tensor"
+        for names in alike(keys)
+    ]
+
+
+def note_unused(options: ConvertOptions, names: Sequence[str]) -> list[str]:
+    notes = []
+    for what, patterns in (("passthrough", options.passthrough), ("include", options.include)):
+        used = {pattern for name in names for pattern in matching(name, patterns)}
+        notes += [f"{what} {pattern!r} is part of no tensor's name" for pattern in patterns if pattern not in used]
+    return notes
+
+
+def note_other_group_sizes(group_size: int | None, tensors: Sequence[TensorReport]) -> list[str]:
+    others = [t.name for t in tensors if group_size and t.kind == "nf4" and t.group_size != group_size]
+    return (
+        [f"quantized in groups of another size, for {group_size} does not divide their columns: {listed(others)}"]
+        if others
+        else []
+    )
+
+
+def notes_on(tensors: Sequence[TensorReport]) -> list[str]:
+    """What the tensors' records say together: kept in a wider type than they had, or kept though not finite."""
+    grown: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for tensor in tensors:
+        if grew(tensor):
+            grown[tensor.source_dtype, tensor.stored_dtype].append(tensor.name)
+    notes = [
+        f"kept in {stored}, for numpy has no {source}"
+        f"{' and float16 would lose values' if stored == 'float32' else ''}: {listed(names)}"
+        for (source, stored), names in grown.items()
+    ]
+    if names := [tensor.name for tensor in tensors if tensor.kind == "nf4" and takes_more_bits(tensor)]:
+        notes.append(f"more bits in NF4 than before, for their rows are short; passthrough keeps them: {listed(names)}")
+    if names := [tensor.name for tensor in tensors if not tensor.finite]:
+        notes.append(f"kept with the NaN or infinity they hold: {listed(names)}")
+    return notes
+
+
+def grew(tensor: TensorReport) -> bool:
+    return tensor.kind == "kept" and np.dtype(tensor.stored_dtype).itemsize > dtype_named(tensor.source_dtype).itemsize
+
+
+def takes_more_bits(tensor: TensorReport) -> bool:
+    return tensor.bits_per_weight > 8 * dtype_named(tensor.source_dtype).itemsize

@@ -1,131 +1,205 @@
-"""Tensors through memory tile by tile: several threads read and encode ahead, one writes in order."""
+"""Tensors through memory stretch by stretch: several threads read and encode ahead, one writes in order."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
 from squish_nf4.checkpoint.conversion.budget import Budget
-from squish_nf4.checkpoint.conversion.encode import EncodedRows, Kind, Survey, relative_error
-from squish_nf4.checkpoint.conversion.parts import KeptPart, kept_values, look_at, look_at_kept
-from squish_nf4.checkpoint.conversion.pipeline import in_order
-from squish_nf4.checkpoint.conversion.plan import INT64, Planned
+from squish_nf4.checkpoint.conversion.encode import EncodedRows, KeptValues, Survey, encode_rows, error_of_blocks
+from squish_nf4.checkpoint.conversion.plan import INT64, ConvertPlan, Planned, Stretch, decide
+from squish_nf4.checkpoint.conversion.report import TensorReport
 from squish_nf4.checkpoint.directory.npy_writer import TensorFiles
-from squish_nf4.checkpoint.values import Array
+from squish_nf4.checkpoint.messages import Progress
+from squish_nf4.checkpoint.source.shards import read_values
+from squish_nf4.checkpoint.values import Array, in_dtype, smallest_dtype, to_numpy
 
-Part = EncodedRows | KeptPart
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a tensor, as its report has it."""
+class Workers:
+    """The threads that read and encode, and how much of that the memory allows."""
 
-    kind: Kind
-    reason: str | None
-    stored_dtype: str
-    relative_error: float = 0.0
-    outlier: float | None = None
-    finite: bool = True
+    pool: Executor
+    budget: Budget
+
+    def stretches(self, planned: Planned) -> list[Stretch]:
+        return planned.stretches(self.budget.stretch)
+
+    def in_order(self, tasks: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+        """The results of the tasks in their order. So many as the budget allows are under way or waiting to be used.
+
+        What a task raises is raised when its turn comes. Left early, it gives up the tasks that have not begun.
+        """
+        waiting: deque[Future[T]] = deque()
+        try:
+            for task in tasks:
+                if len(waiting) == self.budget.ahead:
+                    yield waiting.popleft().result()
+                waiting.append(self.pool.submit(task))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+# --- what a thread does with one stretch ------------------------------------------------------------------------------
+
+
+def look_at(planned: Planned, stretch: Stretch) -> EncodedRows | KeptValues:
+    """Encodes the stretch if its tensor is to go to NF4, else asks which dtype keeps it."""
+    if planned.group_size is None:
+        return look_at_kept(planned, stretch)
+    return encode_stretch(planned, planned.group_size, stretch)
+
+
+def encode_stretch(planned: Planned, group_size: int, stretch: Stretch) -> EncodedRows:
+    w = read_values(planned.entry, *stretch).view(-1, planned.columns)
+    return encode_rows(planned.entry.name, stretch[0] // planned.columns, w, group_size, planned.limits)
+
+
+def survey_stretch(planned: Planned, group_size: int, stretch: Stretch) -> Survey:
+    return encode_stretch(planned, group_size, stretch).survey
+
+
+def look_at_kept(planned: Planned, stretch: Stretch) -> KeptValues:
+    values = to_numpy(read_values(planned.entry, *stretch))
+    return KeptValues(smallest_dtype(values), bool(np.isfinite(values).all()))
+
+
+def read_kept(planned: Planned, stretch: Stretch) -> Array:
+    return in_dtype(to_numpy(read_values(planned.entry, *stretch)), planned.kept_as)
+
+
+# --- whole tensors ----------------------------------------------------------------------------------------------------
 
 
 def stream(
     plan: Sequence[Planned],
-    budget: Budget,
-    pool: Executor,
+    workers: Workers,
     new_files: Callable[[str], TensorFiles],
     announce: Callable[[Planned, int], None],
-) -> Generator[tuple[Planned, Outcome, TensorFiles], None, None]:
-    """Each tensor of the plan with what became of it and its files, which are written and wait for their names.
+) -> Generator[tuple[TensorReport, TensorFiles], None, None]:
+    """Writes the tensors of a plan. Each comes with its report and its files, which wait for their names.
 
     Args:
-        new_files: of a key.
-        announce: called with the bytes that were read of a tensor as each part of it is waited for.
+        new_files: makes the files of a key.
+        announce: called with the bytes that were read of a tensor as each stretch of it is waited for.
     """
-    tasks = (partial(look_at, planned, part) for planned in plan for part in planned.stretches(budget.tile))
-    with closing(in_order(pool, tasks, budget.ahead)) as results:
+    tasks = (partial(look_at, planned, stretch) for planned in plan for stretch in workers.stretches(planned))
+    with closing(workers.in_order(tasks)) as looks:
         for planned in plan:
             files = new_files(planned.key)
-            parts = announced(planned, results, budget, announce)
             try:
-                outcome = write(planned, parts, files, pool, budget)
+                report = write(planned, announced(planned, looks, workers, announce), files, workers)
             except BaseException:
                 files.discard()
                 raise
-            yield planned, outcome, files
+            yield report, files
 
 
 def announced(
-    planned: Planned, results: Iterator[Part], budget: Budget, announce: Callable[[Planned, int], None]
-) -> Iterator[Part]:
-    """Those of the results that are the tensor's."""
-    for first, _ in planned.stretches(budget.tile):
+    planned: Planned,
+    looks: Iterator[EncodedRows | KeptValues],
+    workers: Workers,
+    announce: Callable[[Planned, int], None],
+) -> Iterator[EncodedRows | KeptValues]:
+    """The looks at the stretches of one tensor, which are the next ones."""
+    for first, _ in workers.stretches(planned):
         announce(planned, first * planned.entry.dtype.itemsize)
-        yield from islice(results, 1)
+        yield from islice(looks, 1)
 
 
-def write(planned: Planned, parts: Iterator[Part], files: TensorFiles, pool: Executor, budget: Budget) -> Outcome:
+def write(
+    planned: Planned, looks: Iterator[EncodedRows | KeptValues], files: TensorFiles, workers: Workers
+) -> TensorReport:
+    """Writes one tensor. If a value keeps it from NF4, what was written of that is taken back."""
+    squares: list[tuple[float, float]] = []
     if planned.group_size is None:
-        return write_kept(planned, kept_parts(parts), files, pool, budget)
-    survey, error = write_nf4(planned, parts, files)
-    reason = survey.reason_to_keep(planned.limits)
-    outlier = None if survey.beyond_float32 else survey.outlier[0]
-    if reason is None:
-        return Outcome("nf4", None, "nf4", error, outlier)
-    files.discard()
-    kept = replace(planned, reason=reason, group_size=None)
-    looks = (partial(look_at_kept, kept, stretch) for stretch in kept.stretches(budget.tile))
-    outcome = write_kept(kept, in_order(pool, looks, budget.ahead), files, pool, budget)
-    return replace(outcome, outlier=outlier)
+        decided = decide(planned, (), lambda _: (look for look in looks if isinstance(look, KeptValues)))
+    else:
+        rows = (look for look in looks if isinstance(look, EncodedRows))
+        surveys = write_nf4(planned, planned.group_size, rows, files, squares)
+        decided = decide(planned, surveys, partial(look_at_all_kept, workers))
+    if decided.group_size is None:
+        files.discard()
+        write_kept(decided, files, workers)
+    return TensorReport.of(decided, error_of_blocks(squares), files.finish())
 
 
-def write_nf4(planned: Planned, parts: Iterator[Part], files: TensorFiles) -> tuple[Survey, float]:
-    """(what all values say, the relative error); what was written counts only if they do not say to keep the tensor."""
-    for suffix, (dtype, shape) in planned.nf4_arrays.items():
+def write_nf4(
+    planned: Planned,
+    group_size: int,
+    rows: Iterable[EncodedRows],
+    files: TensorFiles,
+    squares: list[tuple[float, float]],
+) -> Iterator[Survey]:
+    """Writes encoded rows, until some of them say to keep the tensor, and hands on what all of them say."""
+    for suffix, (dtype, shape) in planned.nf4_arrays(group_size).items():
         files.open(suffix, dtype, shape, may_compress=suffix == "__s_nf4")
     files.write("__shape", shape_of(planned))
-    survey = Survey()
-    squares: list[tuple[float, float]] = []
-    for part in parts:
-        assert isinstance(part, EncodedRows)
-        survey = survey.joined(part.survey)
-        squares += part.squares
-        if part.packed is not None and part.scales is not None and survey.reason_to_keep(planned.limits) is None:
-            files.write("__nf4", part.packed)
-            files.write("__s_nf4", part.scales)
-    return survey, relative_error(squares)
+    goes_on = True
+    for some in rows:
+        if some.packed is None or some.scales is None:
+            goes_on = False
+        elif goes_on:
+            files.write("__nf4", some.packed)
+            files.write("__s_nf4", some.scales)
+        squares += some.squares
+        yield some.survey
 
 
-def kept_parts(parts: Iterable[Part]) -> Iterator[KeptPart]:
-    for part in parts:
-        assert isinstance(part, KeptPart)
-        yield part
+def look_at_all_kept(workers: Workers, planned: Planned) -> Iterator[KeptValues]:
+    return workers.in_order(partial(look_at_kept, planned, stretch) for stretch in workers.stretches(planned))
 
 
-def write_kept(
-    planned: Planned, parts: Iterable[KeptPart], files: TensorFiles, pool: Executor, budget: Budget
-) -> Outcome:
-    """Looks at all of it for the dtype that holds it, and reads it once more to write it."""
-    asked = list(parts)
-    dtype = widest(asked)
-    files.open("__pt", dtype, planned.entry.shape, may_compress=True)
-    files.open("__shape", INT64, (len(planned.entry.shape),))
+def write_kept(planned: Planned, files: TensorFiles, workers: Workers) -> None:
+    """Reads the values, which were looked at before, once more to write them."""
+    for suffix, (dtype, shape) in planned.kept_arrays().items():
+        files.open(suffix, dtype, shape, may_compress=suffix == "__pt")
     files.write("__shape", shape_of(planned))
-    tasks = [partial(kept_values, planned, stretch, dtype) for stretch in planned.stretches(budget.tile)]
-    for values in in_order(pool, tasks, budget.ahead) if len(tasks) > 1 else [tasks[0]()]:
+    tasks = [partial(read_kept, planned, stretch) for stretch in workers.stretches(planned)]
+    for values in workers.in_order(tasks) if len(tasks) > 1 else [tasks[0]()]:
         files.write("__pt", values)
-    return Outcome("kept", planned.reason, str(dtype), finite=all(part.finite for part in asked))
-
-
-def widest(parts: Iterable[KeptPart]) -> np.dtype[np.generic]:
-    """The dtype that holds them all."""
-    return max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
 
 
 def shape_of(planned: Planned) -> Array:
     return np.array(planned.entry.shape, dtype=INT64)
+
+
+# --- without writing --------------------------------------------------------------------------------------------------
+
+
+def look_at_values(plan: ConvertPlan, workers: Workers, progress: Callable[[Progress], None]) -> ConvertPlan:
+    """The plan with every tensor decided: the ones that are kept after all, and the dtypes of all that are kept.
+
+    Raises:
+        ValueError: a weight that would be quantized is not finite.
+    """
+    decided: dict[str, Planned] = {}
+    done = 0
+    for planned in plan.tensors:
+        progress(Progress(planned.entry.name, done, plan.source.nbytes))
+        if planned.tied_to is None:
+            decided[planned.entry.name] = decide(planned, surveys(planned, workers), partial(look_at_all_kept, workers))
+        else:
+            owner = decided[planned.tied_to]
+            decided[planned.entry.name] = replace(owner, entry=planned.entry, tied_to=planned.tied_to)
+        done += planned.entry.nbytes
+    return replace(plan, tensors=tuple(decided.values()))
+
+
+def surveys(planned: Planned, workers: Workers) -> Iterator[Survey]:
+    if planned.group_size is not None:
+        look = partial(survey_stretch, planned, planned.group_size)
+        yield from workers.in_order(partial(look, stretch) for stretch in workers.stretches(planned))

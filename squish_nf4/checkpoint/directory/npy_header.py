@@ -31,7 +31,7 @@ SHAPE = re.compile(r"\(\s*\)|\(\s*\d+L?\s*,\s*\)|\(\s*\d+L?(\s*,\s*\d+L?)+\s*,?\
 
 @dataclass(frozen=True)
 class Header:
-    """start: bytes before the array's."""
+    """What a header promises. start: where the array begins, in bytes."""
 
     dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Header:
 
     @property
     def nbytes(self) -> int:
-        """Of the array."""
+        """Bytes of the array."""
         return self.size * self.dtype.itemsize
 
     def __str__(self) -> str:

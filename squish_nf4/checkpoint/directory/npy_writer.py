@@ -1,4 +1,4 @@
-"""One array written as one .npy file, part by part, with its checksum. npy_reader.py reads."""
+"""The arrays of a tensor written as .npy files, stretch by stretch, with their checksums. npy_reader.py reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StoredFile:
     plain_nbytes: int
 
     def record(self) -> dict[str, Any]:
-        """As squish_nf4.json holds it."""
+        """The form in which squish_nf4.json holds it."""
         plain = {} if self.plain_nbytes == self.nbytes else {"plain_bytes": self.plain_nbytes}
         return {"bytes": self.nbytes, "sha256": self.sha256, **plain}
 
@@ -38,10 +38,10 @@ class StoredFile:
 
 
 class NpyWriter:
-    """Writes name.npy, or name.npy.zst, in C order under another name, until that is given up for the real one.
+    """Writes one array as name.npy or name.npy.zst, in C order, into a part file that gets this name later.
 
     Args:
-        part: the name until then; FileExistsError if there is such a file.
+        part: the part file; FileExistsError if there is one.
         name: of the finished file, without the .zst.
         shape: of the whole array; what is written has to add up to it.
     """
@@ -85,7 +85,7 @@ class NpyWriter:
 
 
 def compressor() -> Any:
-    """One frame with its size and a checksum. ImportError: zstandard is not installed."""
+    """What compresses into one frame with its size and a checksum. ImportError: zstandard is not installed."""
     try:
         import zstandard
     except ImportError:
@@ -94,11 +94,11 @@ def compressor() -> Any:
 
 
 class TensorFiles:
-    """Files of one tensor, by suffix.
+    """The files of one tensor, by suffix, while they are written: all of them get their names together, or none.
 
     Args:
         key: what their names begin with.
-        new_part: gives the name of a temporary file that is not there yet.
+        new_part: gives the name of a part file that is not there yet.
         ultra: whether what may be compressed is, where that makes it smaller.
     """
 
@@ -109,19 +109,19 @@ class TensorFiles:
     def open(
         self, suffix: str, dtype: np.dtype[np.generic], shape: Sequence[int], *, may_compress: bool = False
     ) -> None:
-        """A file to write. Which of its two forms is smaller shows in the end, so both are written."""
+        """Begins a file. Which of its two forms is smaller shows in the end, so both are written."""
         writers = self.writers[suffix] = []
         for compressed in (False, True) if may_compress and self.ultra else (False,):
             name = f"{self.key}{suffix}.npy"
             writers.append(NpyWriter(self.new_part(), name, dtype, shape, compressed=compressed))
 
     def write(self, suffix: str, values: Array) -> None:
-        """The values that come next, row by row."""
+        """Writes the values that come next, row by row."""
         for writer in self.writers[suffix]:
             writer.write(values)
 
     def finish(self) -> list[StoredFile]:
-        """All is written. Of the two forms of a file the smaller stays, the plain one if they are equal."""
+        """Ends the files. Of the two forms of a file the smaller stays, the plain one if they are equal."""
         return [self._finish(writers) for writers in self.writers.values()]
 
     def _finish(self, writers: list[NpyWriter]) -> StoredFile:
@@ -145,5 +145,5 @@ class TensorFiles:
 
     @property
     def parts(self) -> dict[str, str]:
-        """{name when finished: temporary name}."""
+        """{name when finished: name of its part file}."""
         return {writer.name: writer.part.name for [writer] in self.writers.values()}

@@ -47,7 +47,7 @@ class SquishDirectory:
 
     @property
     def nbytes(self) -> int:
-        """Of the files of all tensors."""
+        """Bytes of the files of all tensors."""
         return sum(tensor.nbytes for tensor in self.owned)
 
     def source_dtypes(self) -> dict[str, torch.dtype]:
@@ -57,7 +57,7 @@ class SquishDirectory:
         return {name: self.source_dtype(tensor) for name, tensor in self.tensors.items()}
 
     def source_dtype(self, tensor: StoredTensor) -> torch.dtype:
-        """Of one tensor. ValueError: it is not recorded, or cannot have become what is stored."""
+        """The dtype one tensor had. ValueError: it is not recorded, or cannot have become what is stored."""
         name = shorten(tensor.name)
         try:
             dtype = dtype_named((self.records or {})[tensor.name]["source_dtype"])

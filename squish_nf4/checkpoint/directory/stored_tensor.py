@@ -1,4 +1,4 @@
-"""One tensor of a squish directory: its files opened and held to each other, then read as a torch tensor."""
+"""One tensor of a squish directory: its files found, opened and held to each other, then read as a torch tensor."""
 
 from __future__ import annotations
 
@@ -22,9 +22,51 @@ from squish_nf4.checkpoint.files import refuse_outside, require_file
 from squish_nf4.checkpoint.messages import shorten
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.checkpoint.values import WIDENED, Array, dtype_name
+from squish_nf4.layout import bits_per_weight
 from squish_nf4.ops import COMPUTE_DTYPES, dequantize_nf4
 
-BLOCK = 2**20  # elements decoded or converted at once: what a check of them takes is next to nothing
+AT_ONCE = 2**20  # elements decoded or cast at once: what a check of them takes is next to nothing
+
+
+class Folder:
+    """The folder of a squish directory's arrays, listed once. root: the directory, resolved; links may not leave it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.root = os.path.realpath(path.parent)
+        refuse_outside(path, self.root)
+        self.names = frozenset(os.listdir(path))
+
+    def find(self, stem: str) -> Path | None:
+        """The file stem.npy or stem.npy.zst, or None; both together are refused, for they may differ."""
+        found = [stem + end for end in ENDS if stem + end in self.names]
+        if len(found) > 1:
+            raise ValueError(f"{self.path / found[0]} is there twice, plain and as .zst; remove one of them")
+        return require_file(self.path / found[0], self.root) if found else None
+
+    def open(self, stem: str) -> NpyFile | None:
+        """The array of that stem, if there is one: its header is read, and agrees with the size of its file."""
+        path = self.find(stem)
+        return open_npy(path) if path else None
+
+    def forms(self, key: str) -> str:
+        """The files of this tensor, for a message."""
+        return ", ".join(sorted(self.ends.get(key, ()))) or "nothing"
+
+    @cached_property
+    def ends(self) -> defaultdict[str, list[str]]:
+        """What the names of a key's files end in. A key ends at the last "__": a__b__pt.npy is not of the key a."""
+        ends: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self.names:
+            key, mark, end = name.rpartition("__")
+            ends[key].append(mark + end)
+        return ends
+
+    def unclaimed(self, keys: Iterable[str]) -> list[str]:
+        """Files with our suffixes that are of no tensor with one of these keys."""
+        ours = tuple(suffix + end for suffix in SUFFIXES for end in ENDS)
+        claimed = {key + suffix for key in keys for suffix in ours}
+        return sorted(name for name in self.names - claimed if name.endswith(ours))
 
 
 @dataclass(frozen=True)
@@ -44,7 +86,7 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values as they are stored; of a tensor in NF4 that of its scales."""
+        """The dtype of the values as they are stored; of a tensor in NF4 that of its scales."""
         return as_torch(np.empty(0, self.files["__s_nf4" if self.kind == "nf4" else "__pt"].dtype)).dtype
 
     @property
@@ -64,14 +106,15 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Of its files."""
+        """Bytes of its files."""
         return sum(file.nbytes for file in self.files.values())
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the stored values, without file headers and before compression; 0 if there are none."""
-        stored = sum(file.header.nbytes for suffix, file in self.files.items() if suffix != "__shape")
-        return 8 * stored / max(1, self.size)
+        """Bits of the stored values, without file headers and before compression; 0 if there are none."""
+        if not self.size:
+            return 0.0
+        return bits_per_weight(self.matrix_shape[1], self.group_size) if self.group_size else 8.0 * self.dtype.itemsize
 
     def bytes_as(self, dtype: torch.dtype) -> int:
         """Memory that read(dtype) takes; an array that is mapped as it lies takes none."""
@@ -81,7 +124,7 @@ class StoredTensor:
         return self.size * (dtype.itemsize if changes else self.files["__pt"].compressed * self.dtype.itemsize)
 
     def load_nf4(self) -> tuple[Array, Array]:
-        """Of a tensor in NF4: packed, (rows, d/2) uint8, and scales, (rows, d/group_size) float32."""
+        """The arrays of a tensor in NF4: packed, (rows, d/2) uint8, and scales, (rows, d/group_size) float32."""
         return self.files["__nf4"].load(), self.files["__s_nf4"].load()
 
     def kept(self) -> Array:
@@ -96,33 +139,35 @@ class StoredTensor:
         """
         try:
             require_memory(self.bytes_as(dtype), f"in {dtype_name(dtype)}, it")
-            return (self.decode(dtype) if self.kind == "nf4" else self.convert(dtype)).reshape(self.shape)
+            return (self.decode(dtype) if self.kind == "nf4" else self.cast(dtype)).reshape(self.shape)
         except ValueError as error:
             raise ValueError(f"tensor {shorten(self.name)}: {error}") from error
 
     def decode(self, dtype: torch.dtype) -> Tensor:
+        """A tensor in NF4 as a matrix of values, decoded some rows at a time unless dtype is float32."""
         packed, scales = map(as_torch, self.load_nf4())
         decoded = partial(dequantize_nf4, group_size=self.group_size or 1)
         if dtype == torch.float32:
             return decoded(packed, scales)
         values = packed.new_empty(self.matrix_shape, dtype=dtype)
         rounded = dtype if dtype in COMPUTE_DTYPES else torch.float32
-        rows = max(1, BLOCK // self.matrix_shape[1])
-        for part, *block in zip(*(torch.split(whole, rows) for whole in (values, packed, scales)), strict=True):
-            part.copy_(decoded(*block, dtype=rounded))
+        rows = max(1, AT_ONCE // self.matrix_shape[1])
+        for target, *block in zip(*(torch.split(whole, rows) for whole in (values, packed, scales)), strict=True):
+            target.copy_(decoded(*block, dtype=rounded))
             if is_narrower(dtype, torch.float32) and bool(block[1].isfinite().all()):
-                refuse_lost(~is_finite(part), dtype)
+                refuse_lost(~is_finite(target), dtype)
         return values
 
-    def convert(self, dtype: torch.dtype) -> Tensor:
+    def cast(self, dtype: torch.dtype) -> Tensor:
+        """A kept tensor, its floating-point values in dtype; mapped as it lies where nothing changes."""
         tensor = as_torch(self.kept())
         if not tensor.is_floating_point() or tensor.dtype == dtype:
             return tensor
         values = torch.empty_like(tensor, dtype=dtype)
-        for part, block in zip(*(torch.split(whole.view(-1), BLOCK) for whole in (values, tensor)), strict=True):
-            part.copy_(block)
+        for target, block in zip(*(torch.split(whole.view(-1), AT_ONCE) for whole in (values, tensor)), strict=True):
+            target.copy_(block)
             if is_narrower(dtype, tensor.dtype):
-                refuse_lost(block.isfinite() & ~is_finite(part), dtype)
+                refuse_lost(block.isfinite() & ~is_finite(target), dtype)
         return values
 
 
@@ -136,6 +181,7 @@ def is_finite(values: Tensor) -> Tensor:
 
 
 def refuse_lost(lost: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError if any element is marked as lost in dtype."""
     if bool(lost.any()):
         raise ValueError(
             f"holds values that {dtype_name(dtype)} cannot; read it with dtype='source' or in a wider type"
@@ -143,6 +189,7 @@ def refuse_lost(lost: Tensor, dtype: torch.dtype) -> None:
 
 
 def as_torch(values: Array) -> Tensor:
+    """The array as a tensor on the same memory. ValueError: torch has no such dtype."""
     try:
         return torch.from_numpy(values)
     except TypeError as error:
@@ -167,6 +214,7 @@ def open_tensor(folder: Folder, name: str, key: str) -> StoredTensor:
 
 
 def find_files(folder: Folder, key: str) -> dict[str, NpyFile]:
+    """The arrays of a key by suffix: __nf4 with __s_nf4, or __pt. ValueError: there is anything else."""
     if pickled := folder.find(f"{key}__pt_df11"):
         raise ValueError(
             f"{pickled.name} is a pickle of another program, and reading a pickle may run anything; "
@@ -218,43 +266,3 @@ def read_shape(folder: Folder, key: str, files: dict[str, NpyFile]) -> tuple[int
 def require_torch_dtype(tensor: StoredTensor) -> None:
     for file in tensor.files.values():
         as_torch(np.empty(0, file.dtype))
-
-
-class Folder:
-    """tensors/. root: the squish directory, resolved; links may not leave it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.root = os.path.realpath(path.parent)
-        refuse_outside(path, self.root)
-        self.names = frozenset(os.listdir(path))
-
-    def find(self, stem: str) -> Path | None:
-        """stem.npy or stem.npy.zst, or None; both together are refused, for they may differ."""
-        found = [stem + end for end in ENDS if stem + end in self.names]
-        if len(found) > 1:
-            raise ValueError(f"{self.path / found[0]} is there twice, plain and as .zst; remove one of them")
-        return require_file(self.path / found[0], self.root) if found else None
-
-    def open(self, stem: str) -> NpyFile | None:
-        path = self.find(stem)
-        return open_npy(path) if path else None
-
-    def forms(self, key: str) -> str:
-        """The files of this tensor, for a message."""
-        return ", ".join(sorted(self.ends.get(key, ()))) or "nothing"
-
-    @cached_property
-    def ends(self) -> defaultdict[str, list[str]]:
-        """By key, what its files' names end in. A key ends at the last "__": a__b__pt.npy is not of the key a."""
-        ends: defaultdict[str, list[str]] = defaultdict(list)
-        for name in self.names:
-            key, mark, end = name.rpartition("__")
-            ends[key].append(mark + end)
-        return ends
-
-    def unclaimed(self, keys: Iterable[str]) -> list[str]:
-        """Files with our suffixes that are of no tensor with one of these keys."""
-        ours = tuple(suffix + end for suffix in SUFFIXES for end in ENDS)
-        claimed = {key + suffix for key in keys for suffix in ours}
-        return sorted(name for name in self.names - claimed if name.endswith(ours))

@@ -66,7 +66,7 @@ def find_owners(path: Path, manifest: Mapping[str, str], records: Records) -> di
 
 
 def are_tied(key: str, names: Sequence[str], owner: str, records: Records) -> bool:
-    """By their records, or because the key can be the usual one of one of them at most: two of those would collide."""
+    """Whether tensors may share a key: their records say so, or it can be the usual key of one of them at most."""
     if all(name == owner or records.get(name, {}).get("tied_to") == owner for name in names):
         return True
     return sum(name.replace(".", "__") == key for name in names) <= 1
@@ -97,7 +97,7 @@ def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_table(file: Path, table: Mapping[str, Any], draft: Path) -> None:
     """A JSON object in ASCII, whole or not at all: until it is, it is called draft."""
-    with draft.open("w", encoding="ascii") as writer:  # piece by piece: as one text it would be larger than the table
+    with draft.open("w", encoding="ascii") as writer:  # bit by bit: as one text it would be larger than the table
         writer.writelines(json.JSONEncoder(indent=2, ensure_ascii=True, allow_nan=False).iterencode(table))
     sync(draft)
     draft.replace(file)

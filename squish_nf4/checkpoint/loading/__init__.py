@@ -1,0 +1,1 @@
+"""A squish directory into a model."""

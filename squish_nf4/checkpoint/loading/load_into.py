@@ -16,8 +16,15 @@ from torch import nn
 
 from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_directory
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
-from squish_nf4.checkpoint.loading.filling import Filling, Step, have_same_values
-from squish_nf4.checkpoint.loading.slots import Slot, compare_names, describe_misfit, slots_of
+from squish_nf4.checkpoint.loading.slots import (
+    Filling,
+    Slot,
+    Step,
+    compare_names,
+    describe_misfit,
+    have_same_values,
+    slots_of,
+)
 from squish_nf4.checkpoint.messages import listed
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.choose import Candidate, replaceable

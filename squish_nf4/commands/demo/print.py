@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from squish_nf4 import _C
-from squish_nf4.checkpoint.audit.inspection import entropy_of
+from squish_nf4.checkpoint.audit.measure import entropy_of
 from squish_nf4.commands import print_convert as convert_report
 from squish_nf4.commands import terminal
 from squish_nf4.commands.demo.agreement import Agreement, Floats

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 
 from squish_nf4._version import __version__
-from squish_nf4.checkpoint.audit.inspection import Inspected, Inspection, Nf4Numbers, entropy_of
-from squish_nf4.checkpoint.audit.measure import Group
+from squish_nf4.checkpoint.audit.inspection import Inspected, Inspection
+from squish_nf4.checkpoint.audit.measure import Group, Nf4Numbers, entropy_of
 from squish_nf4.commands.inspect.plots import draw_all
 from squish_nf4.commands.inspect.print import WHERE_FROM, decibels, shape_of
 from squish_nf4.commands.terminal import count, size

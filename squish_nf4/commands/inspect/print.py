@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from squish_nf4.checkpoint.audit.inspection import Inspected, Inspection, Nf4Numbers, entropy_of
-from squish_nf4.checkpoint.audit.measure import ERROR_EDGES
+from squish_nf4.checkpoint.audit.inspection import Inspected, Inspection
+from squish_nf4.checkpoint.audit.measure import ERROR_EDGES, Nf4Numbers, entropy_of
 from squish_nf4.commands import terminal
 from squish_nf4.commands.terminal import count, duration, size
 
