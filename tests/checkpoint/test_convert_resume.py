@@ -17,7 +17,7 @@ import torch
 
 from squish_nf4.checkpoint.conversion.convert import UnfinishedError, convert
 from squish_nf4.checkpoint.messages import Progress
-from tests.support.directories import gaussian, save_index, save_shard
+from tests.support.directories import gaussian, is_finished, save_index, save_shard
 from tests.support.processes import start
 
 JOURNAL = "squish_nf4.journal"
@@ -56,10 +56,6 @@ def contents(path: Path) -> dict[str, bytes]:
     stats = json.loads(files.pop("stats.json"))
     assert stats.pop("seconds") >= 0
     return files | {"stats.json": json.dumps(stats).encode()}
-
-
-def is_finished(path: Path) -> bool:
-    return (path / "tensors" / ".manifest_ready").exists()
 
 
 # A process that has loaded the library, and that forks a child for every conversion. A child is killed before its line
