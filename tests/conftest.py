@@ -34,6 +34,14 @@ def inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist loadgroup, the tests of a file that builds or compiles run in one process, and do so once."""
+    for item in items:
+        if item.get_closest_marker("builds") or item.get_closest_marker("compiles"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """torch's random numbers too."""

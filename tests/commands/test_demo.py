@@ -57,8 +57,8 @@ def test_embeddings_stay_close(report: demo.DemoReport) -> None:
 
 def test_both_models_are_timed(report: demo.DemoReport) -> None:
     for seconds in (report.in_one_batch, report.one_by_one):
-        assert 0 < seconds.dense < 60
-        assert 0 < seconds.nf4 < 60
+        assert seconds.dense > 0
+        assert seconds.nf4 > 0
 
 
 def test_checkpoint_is_verified(report: demo.DemoReport, output: Path) -> None:

@@ -19,6 +19,8 @@ from tests.support.cpp_programs import required_cmake
 from tests.support.helpers import ISAS, ForcedIsa, require, require_isa
 from tests.support.processes import run
 
+pytestmark = pytest.mark.builds
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 STRICT_C = ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{ROOT}")
 

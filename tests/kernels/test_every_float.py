@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from squish_nf4 import _C
 from tests.support import reference
 from tests.support.compiling import NATIVE, compile_objects, kernel_sources, link
 from tests.support.processes import run
+
+pytestmark = pytest.mark.builds
 
 EVERY_FLOAT = 2_130_706_434
 

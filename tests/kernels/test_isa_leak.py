@@ -70,6 +70,7 @@ def test_reader_of_machine_code_knows_the_paths_apart(code: str, instruction: st
     assert needs(code, instruction) == path
 
 
+@pytest.mark.builds
 def test_objects_hold_the_instructions_of_their_path_and_no_others(objects: dict[str, Path]) -> None:
     found = {name: set(functions_by_need(path)) for name, path in objects.items()}
     for name in ("avx512_codec", "avx512_linear", "avx512_linear_bf16"):
@@ -80,6 +81,7 @@ def test_objects_hold_the_instructions_of_their_path_and_no_others(objects: dict
     assert set.union(*found.values()) == {"scalar"}, found
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize(
     ("name", "loop"),
     [

@@ -14,6 +14,8 @@ from tests.support.compiling import COMPILER, NATIVE, compile_objects, kernel_so
 from tests.support.helpers import require
 from tests.support.processes import run
 
+pytestmark = pytest.mark.builds
+
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 ARM64_COMPILER = "aarch64-linux-gnu-g++"
 X86_FILES = [path.name for path in kernel_sources() if path.name.startswith("avx")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import multiprocessing
 import os
@@ -26,7 +27,13 @@ def require(what: str, available: bool, why: str) -> None:
         return
     if what in os.environ.get("SQUISH_REQUIRE", "").split(","):
         pytest.fail(f"SQUISH_REQUIRE names {what}, but {why}", pytrace=False)
-    pytest.skip(f"needs {what}: {why}")
+    pytest.skip(f"needs {what}: {why}", allow_module_level=True)
+
+
+def required_module(name: str) -> Any:
+    """A package that not every machine has; without it the test, or the file, is skipped."""
+    require(name, find_spec(name) is not None, f"the package {name} is not installed")
+    return importlib.import_module(name)
 
 
 def require_torch(minor: str, older: str) -> None:
