@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,14 @@ def run(command: Sequence[str | Path], **environment: str) -> subprocess.Complet
     """The finished process, its output as text; ``environment`` is added to ours."""
     words = [str(word) for word in command]
     return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def code_without_comments(path: Path) -> str:
+    """Of a C++ or Python file; a docstring is a comment."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return re.sub(r"#[^\n]*", "", re.sub(r'"""(.*?)"""', "", text, flags=re.DOTALL))
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
 
 
 def compile_objects(

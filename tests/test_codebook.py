@@ -13,7 +13,7 @@ import torch
 import squish_nf4
 from squish_nf4 import _C
 from tests import reference
-from tests.compiling import ROOT, run
+from tests.compiling import ROOT, code_without_comments, run
 from tests.helpers import require
 
 # fmt: off
@@ -103,13 +103,6 @@ NIBBLE = re.compile(
     r"|(bitwise_and|__and__)\([^;]*\b(15|0x0?f)\)|(left|right)_?shift\w*\([^;]*\b4\)",
     re.IGNORECASE,
 )
-
-
-def code_without_comments(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".py":
-        return re.sub(r"#[^\n]*", "", re.sub(r'"""(.*?)"""', "", text, flags=re.DOTALL))
-    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
 
 
 def nibble_arithmetic(code: str) -> list[str]:
