@@ -1,3 +1,4 @@
+// Shares the rows of a weight out among the four runs that a kernel reads side by side, and finishes what it sums.
 #include "csrc/cpu/linear.h"
 
 #include <algorithm>

@@ -16,7 +16,7 @@
 // second the odd ones, as a byte holds them. Each half step holds kLanes elements of every row, one row after another.
 //
 // Included inside a path's target region, like codec_loops.h: everything here is a template over V or has internal
-// linkage, and what it includes has been included before the region began.
+// linkage, and target_region.h has what comes from outside.
 #pragma once
 
 #include "csrc/cpu/group_cursor.h"

@@ -1,5 +1,6 @@
-// The CPU kernels on tensors: which kernel fits a dtype, and how a matrix is shared out among threads. The bytes do not
-// depend on the number of threads, because a thread always takes whole groups.
+// The CPU's codec on matrices: the path in use, how the columns of a matrix are shared out among threads, and decoding
+// of a whole matrix or of some columns. The bytes do not depend on the number of threads, because a thread always takes
+// whole groups.
 #pragma once
 
 #include <ATen/core/Tensor.h>

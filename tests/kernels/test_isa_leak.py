@@ -14,7 +14,7 @@ import squish_nf4
 from squish_nf4 import _C
 from squish_nf4.doctor import examine as doctor
 from tests.support import ROOT
-from tests.support.compiling import compile_objects, kernel_sources
+from tests.support.compiling import code_without_comments, compile_objects, kernel_sources
 from tests.support.disassembly import machine_code, require_x86_disassembler
 from tests.support.helpers import ISAS, require
 from tests.support.processes import run
@@ -187,6 +187,33 @@ def test_a_path_is_available_where_linux_names_all_that_it_needs() -> None:
     assert done.stdout.split() == [isa for isa in ISAS if set(_C.cpu_features(isa)) <= flags], done.stderr
     assert _C.cpu_features("avx2") == ("avx2", "fma", "f16c")
     assert set(_C.cpu_features("avx512")) < set(_C.cpu_features("avx512_bf16")) == set(doctor.CPU_FEATURES)
+
+
+# The words of a file's name that say what it computes; the others say for which path.
+OPERATIONS = {"codec", "linear", "int16"}
+REGION = re.compile(r'^SQUISH_TARGET_REGION\("(.+)"\)', re.MULTILINE)
+REGIONS = {path: found for path in kernel_sources() if (found := REGION.findall(path.read_text()))}
+
+
+@pytest.mark.parametrize("source", REGIONS, ids=lambda path: path.stem)
+def test_what_a_file_is_compiled_for_is_asked_of_the_processor(source: Path) -> None:
+    require("x86-64", platform.machine() == "x86_64", "the features below are those of x86-64")
+    isa = "_".join(word for word in source.stem.split("_") if word not in OPERATIONS)
+    asked = {feature.replace("_", "") for feature in _C.cpu_features(isa)}  # the compiler's names have none
+    for features in REGIONS[source]:
+        assert set(features.split(",")) <= asked
+
+
+def test_regions_are_found() -> None:
+    assert {path.stem for path in REGIONS} >= {"avx2_codec", "avx2_linear_int16", "avx512_linear_bf16"}
+
+
+def test_paths_are_named_in_the_table_alone() -> None:
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp")]
+    sources += (ROOT / "squish_nf4").rglob("*.py")
+    name = re.compile("|".join(f'"{isa}"' for isa in ISAS if isa != "scalar"))
+    naming = {path.relative_to(ROOT).as_posix() for path in sources if name.search(code_without_comments(path))}
+    assert naming == {"csrc/cpu/dispatch.cpp"}
 
 
 AVAILABLE = "from squish_nf4 import _C; print(*_C.cpu_isas(available=True))"

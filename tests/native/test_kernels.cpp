@@ -105,6 +105,30 @@ void check_decode(const Path& path, Random& random, int64_t columns, int64_t gro
   for (Place on_64_bytes : {Place::kBeforeGuard, Place::kAfterGuard})
     check_decode<T>(path, bytes, scales, 0, columns, group_size, on_64_bytes, cpu::Stores::kPastCaches);
 }
+// To the bit what the scalar path says, of a row as wide as what is packed or padded by a column, and nothing is read
+// beyond either.
+template <typename T>
+void check_survey(const Path& path, Random& random, int64_t columns, int64_t group_size) {
+  std::vector<uint8_t> bytes(static_cast<size_t>(columns / 2));
+  std::vector<float> scales(static_cast<size_t>(columns / group_size));
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random.bits());
+  for (float& scale : scales) scale = random.between_minus_one_and_one();
+  for (int64_t d = columns; d >= 0 && d >= columns - 1; --d) {
+    std::vector<T> w;
+    for (int64_t i = 0; i < d; ++i) w.push_back(value_of<T>(random.between_minus_one_and_one()));
+    const auto survey_of_scalar = cpu::paths().front().codec<T>().survey;
+    const cpu::RowSurvey expected = survey_of_scalar(w.data(), d, bytes.data(), scales.data(), group_size);
+    for (Place place : kPlaces) {
+      Buffer<T> from(w, place);
+      Buffer<uint8_t> packed(bytes, place);
+      Buffer<float> scale(scales, place);
+      const cpu::RowSurvey found = path.codec<T>().survey(from.data(), d, packed.data(), scale.data(), group_size);
+      CHECK(std::memcmp(&found, &expected, sizeof found) == 0, "%s, group_size %d, %d of %d columns", path.name,
+            int(group_size), int(d), int(columns));
+    }
+  }
+}
+
 void encode_under(const Path& path, const std::vector<float>& w, uint8_t* packed, float* scale) {
   const cpu::DefaultFloatEnvironment environment;
   path.codec<float>().encode(w.data(), static_cast<int64_t>(w.size()), static_cast<int64_t>(w.size()), packed, scale);
@@ -129,6 +153,10 @@ void check_encode_and_decode() {
         check_decode<float>(path, random, columns, group_size);
         check_decode<BFloat16>(path, random, columns, group_size);
         check_decode<Float16>(path, random, columns, group_size);
+        check_survey<float>(path, random, columns, group_size);
+        check_survey<double>(path, random, columns, group_size);
+        check_survey<BFloat16>(path, random, columns, group_size);
+        check_survey<Float16>(path, random, columns, group_size);
       }
 }
 

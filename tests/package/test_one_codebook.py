@@ -64,13 +64,6 @@ NIBBLE = re.compile(
 )
 
 
-def code_without_comments(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".py":
-        return re.sub(r"#[^\n]*", "", re.sub(r'"""(.*?)"""', "", text, flags=re.DOTALL))
-    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-
-
 def nibble_arithmetic(code: str) -> list[str]:
     return [match.group(0) for match in NIBBLE.finditer(code)]
 
