@@ -11,6 +11,7 @@ import pytest
 
 from squish_nf4 import _C
 from tests.support import ROOT, reference
+from tests.support.compiling import code_without_comments
 from tests.support.helpers import require
 from tests.support.processes import run
 
