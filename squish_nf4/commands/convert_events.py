@@ -1,4 +1,4 @@
-"""``squish-nf4 convert --json``: events as JSON objects on stdout, one a line. docs/checkpoints.md lists them."""
+"""``squish-nf4 convert --json``: events as JSON objects on stdout, one a line. docs/convert.md lists them."""
 
 from __future__ import annotations
 

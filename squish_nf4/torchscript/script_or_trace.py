@@ -19,7 +19,7 @@ from squish_nf4.torchscript.model_state import ModelState
 from squish_nf4.torchscript.trial import TorchScriptError
 
 TracerWarning: type[Warning] = torch.jit.TracerWarning  # type: ignore[attr-defined]
-INSTEAD = "use torch.export or AOTInductor instead (docs/export.md)"
+INSTEAD = "use torch.export or AOTInductor instead (docs/compile-and-export.md)"
 REASON_COMES_LAST = ("The following operation failed", "Tracer cannot infer type")
 TORCHS_OWN_WARNING = r"`?torch\.jit\.\w+`? is (deprecated|not supported)"
 
