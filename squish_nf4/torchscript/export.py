@@ -40,7 +40,7 @@ class TorchScriptReport:
 
     Attributes:
         path: the file.
-        bytes: its size.
+        bytes: the size of the file.
         route: how it was made.
         why_traced: what scripting the model failed with, if it was traced.
         nf4_layers: how many NF4Linear the model has, scripted ones too.
@@ -49,7 +49,7 @@ class TorchScriptReport:
             other ones of free_dimensions; None if it was not run.
         max_difference: the largest absolute difference from eager in the same calls; None if it was not run.
         free_dimensions: of the inputs; a trace was found right, up to rounding, at another size of these, too.
-        notes: a sentence each.
+        notes: what to look out for, a sentence each.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class TorchScriptReport:
 
     @property
     def verification(self) -> str:
-        """In one sentence."""
+        """How the file was tried, in one sentence."""
         if self.same_bits is None:
             return "loaded in a fresh process with only the op library, not run: there were no example inputs"
         found = "the same bits as eager" if self.same_bits else f"at most {self.max_difference:.3g} from eager"

@@ -39,7 +39,8 @@ class ConvertOptions:
         ultra: store scales and kept tensors compressed where that makes them smaller.
 
     Raises:
-        ValueError: a value is wrong. TypeError: its type is.
+        ValueError: a value is wrong.
+        TypeError: its type is.
     """
 
     group_size: int | None = None
