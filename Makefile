@@ -1,9 +1,10 @@
 # One command each; all but `clean` first set up .venv (scripts/setup.sh), which costs seconds when it is up to date.
-.PHONY: help setup demo test fuzz compatibility lint format bench clean
+.PHONY: help setup demo test test-fast fuzz compatibility lint format bench clean
 
 help:
 	@echo "make demo    quantize a real sentence model, compare it with the dense one, convert, verify, inspect"
-	@echo "make test    the whole test suite"
+	@echo "make test    the whole test suite             AREA=\"nn checkpoint\" runs these folders of tests alone"
+	@echo "make test-fast  what neither builds nor sweeps: two minutes (its line in the Makefile says what is left out)"
 	@echo "make fuzz    the readers under a coverage-guided fuzzer (a minute each of four targets; FUZZ_ARGS=--seconds=600)"
 	@echo "make compatibility  build and test with every torch and compiler of noxfile.py (an hour, 40 GB)"
 	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
@@ -18,8 +19,21 @@ setup:
 demo: setup
 	@.venv/bin/squish-nf4 demo --output demo-output
 
+# The folders of tests that AREA may name. Tests of a file that builds share a process, so that it builds once.
+areas = $(filter-out support fuzzing,$(patsubst tests/%/__init__.py,%,$(wildcard tests/*/__init__.py)))
+ifneq (,$(filter-out $(areas),$(AREA)))
+$(error tests has no folder $(filter-out $(areas),$(AREA)); AREA is one or more of: $(areas))
+endif
+pytest = .venv/bin/python -m pytest -n 2 --dist loadgroup $(addprefix tests/,$(AREA))
+
 test: setup
-	@.venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+	@$(pytest) $(PYTEST_ARGS)
+
+# Left out: the kernels compiled apart (sanitizers, other processors, every float), programs in C and C++, CMake, wheel and
+# sdist, compiled models, the benchmarks' suites, and the longest runs over memory, kills and large files. They are a third of
+# what a change can break: run the folder that you changed in full before you commit, and .ci/run before it lands.
+test-fast: setup
+	@$(pytest) -m "not builds and not compiles and not sweeps" $(PYTEST_ARGS)
 
 fuzz: setup
 	@scripts/fuzz.sh $(FUZZ_ARGS)

@@ -201,8 +201,8 @@ def sources(*folders: str) -> list[str]:
 
 
 def cpu_sources() -> list[str]:
-    """Of the op library; with CUDA it also takes csrc/cuda and csrc/ops/cuda.cpp."""
-    return [source for source in sources("cpu", "ops") if source != "csrc/ops/cuda.cpp"]
+    """Of the op library; with CUDA it also takes csrc/cuda and csrc/ops/cuda*.cpp."""
+    return [source for source in sources("cpu", "ops") if not source.startswith("csrc/ops/cuda")]
 
 
 def write_build_info(folder: Path, cuda: str | None, inplace: bool) -> None:
@@ -249,14 +249,13 @@ def configure_op_library(extension: Extension, toolkit: tuple[Path, str] | None,
     extension.extra_link_args = [f"-Wl,-rpath,{rpath}", f"-Wl,-soname,{OP_LIBRARY}.so"]
 
 
-def configure_python_module(extension: Extension, build_lib: str, cuda: str | None) -> None:
+def configure_python_module(extension: Extension, build_lib: str) -> None:
     extension.include_dirs = [str(ROOT)]
     extension.library_dirs = [str(Path(build_lib) / "squish_nf4")]
     extension.libraries = [OP_LIBRARY.removeprefix("lib")]
-    headers = f"-isystem{Path(torch.__file__).parent / 'include'}"  # pybind11, and torch's version number
-    extension.extra_compile_args = {"cxx": ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", headers]}
+    headers = f"-isystem{Path(torch.__file__).parent / 'include'}"  # pybind11
+    extension.extra_compile_args = {"cxx": ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", headers]}
     extension.extra_link_args = ["-Wl,-rpath,$ORIGIN"]
-    extension.define_macros = [("SQUISH_CUDA_VERSION", cuda)] if cuda else []
 
 
 def build_command() -> type[build_ext]:
@@ -288,7 +287,7 @@ def build_command() -> type[build_ext]:
                 self.use_toolkit(toolkit[0])
             op_library, python_module = self.extensions
             configure_op_library(op_library, toolkit, self.inplace)
-            configure_python_module(python_module, self.build_lib, cuda)
+            configure_python_module(python_module, self.build_lib)
             super().run()
             write_build_info((ROOT if self.inplace else Path(self.build_lib)) / "squish_nf4", cuda, self.inplace)
 

@@ -8,8 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks.records import OURS, Record, matching
+from squish_nf4 import _C
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS: tuple[str, ...] = _C.cpu_isas()
 
 
 @dataclass(frozen=True)

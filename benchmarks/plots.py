@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from benchmarks.measures import best_path, groups
 from benchmarks.records import COLD, LIMIT, OURS, Record, matching
-from squish_nf4.commands.demo.picture import STYLE
+from squish_nf4.commands.drawing import GREY, STYLE, quiet_matplotlib
 
 # Okabe and Ito's colours, which can be told apart with every kind of colour vision.
 COLOURS = {
@@ -21,17 +20,12 @@ COLOURS = {
     "ggml IQ4_NL": "#CC79A7",
     "torchao NF4": "#E69F00",
 }
-GREY = "#8C8C8C"
 MARKERS = {"bfloat16": "o", "float16": "^", "float32": "s"}
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[tuple[str, str]]:
     """Every picture for which there are records: (file name, what it shows)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of matplotlib's dependencies, about each other
-        import matplotlib
-        from matplotlib.figure import Figure  # not pyplot: no backend is chosen, nothing global is touched
-
+    matplotlib, Figure = quiet_matplotlib()  # noqa: N806
     pictures = (
         ("time-over-m.png", "Time of a product over the number of activations", time_over_m),
         ("limits.png", "Speed as a share of the machine's limit", shares_of_limits),

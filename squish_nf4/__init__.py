@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from squish_nf4.checkpoint.loading.load_into import LoadReport, load_into
     from squish_nf4.checkpoint.messages import Progress
     from squish_nf4.torchscript.export import TorchScriptReport, export_torchscript
-    from squish_nf4.torchscript.trial import TorchScriptError
+    from squish_nf4.torchscript.refusals import TorchScriptError
 
 _LAZY = {
     "DiffReport": "squish_nf4.checkpoint.audit.diff",
@@ -67,7 +67,7 @@ _LAZY = {
     "Progress": "squish_nf4.checkpoint.messages",
     "TorchScriptReport": "squish_nf4.torchscript.export",
     "export_torchscript": "squish_nf4.torchscript.export",
-    "TorchScriptError": "squish_nf4.torchscript.trial",
+    "TorchScriptError": "squish_nf4.torchscript.refusals",
 }
 
 __all__ = [

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from squish_nf4.choose import Candidate, LeftAlone, as_patterns, children, choose
 from squish_nf4.layout import cheapest_group_size
 from squish_nf4.nn.linear import NF4Linear
-from squish_nf4.ops import may_look
+from squish_nf4.ops import may_look, relative_error, survey_nf4
 
 
 @dataclass(frozen=True)
@@ -174,31 +173,8 @@ def _quantize(candidate: Candidate, group_size: int, tied: NF4Linear | None) -> 
 def _relative_rms_error(weight: Tensor, layer: NF4Linear) -> float | None:
     if not may_look(weight):
         return None
-    squared_error, squared_norm = _squares(weight, layer)
-    return (squared_error / squared_norm) ** 0.5 if squared_norm > 0 else 0.0
-
-
-def _squares(weight: Tensor, layer: NF4Linear) -> tuple[float, float]:
-    """The squared norms of what is lost and of the weight. No second dense copy is made."""
-    n, d = weight.shape
-    if weight.device.type == "cpu" and d == 2 * layer.weight.size(1):  # there, and without padding
-        survey = torch.ops.squish._survey_nf4(weight, layer.weight, layer.scales, layer.group_size).sum(0)
-        return float(survey[3]), float(survey[2])
-    # Some rows at a time, in memory that is used again, so that nothing leaves the caches.
-    rows_at_once = max(1, min(n, (1 << 18) // max(1, d)))
-    decoded = weight.new_empty((rows_at_once, 2 * layer.weight.size(1)), dtype=torch.float32)
-    exact = weight.new_empty((rows_at_once, d), dtype=torch.float32)
-    squared_error = squared_norm = 0.0
-    for row in range(0, n, rows_at_once):
-        packed, scales = (part[row : row + rows_at_once] for part in (layer.weight, layer.scales))
-        count = len(packed)
-        torch.ops.squish.dequantize_nf4.out(packed, scales, layer.group_size, out=decoded[:count])
-        w = exact[:count].copy_(weight[row : row + count])
-        values = w.view(-1)
-        squared_norm += float(values.dot(values))
-        w.sub_(decoded[:count, :d])
-        squared_error += float(values.dot(values))
-    return squared_error, squared_norm
+    survey = survey_nf4(weight, layer.weight, layer.scales, layer.group_size)
+    return relative_error(float(survey.squared_error.sum()), float(survey.square.sum()))
 
 
 def _lost_on_meta(model: nn.Module) -> list[str]:

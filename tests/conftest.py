@@ -6,20 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.helpers import ISAS, ForcedIsa, require
-
-
-def _best_isa() -> str:
-    from squish_nf4 import _C
-
-    return str(_C.cpu_isa())
+from tests.support.helpers import ISAS, ForcedIsa, require_isa
 
 
 @pytest.fixture(params=ISAS, scope="session")
 def forced_isa(request: pytest.FixtureRequest) -> Iterator[ForcedIsa]:
     """Each CPU path in turn, in a process of its own: ``forced_isa(function, *args)``."""
-    best = _best_isa()
-    require(request.param, ISAS.index(request.param) <= ISAS.index(best), f"this CPU's best path is {best}")
+    require_isa(request.param)
     forced = ForcedIsa(request.param)
     yield forced
     forced.close()
@@ -39,6 +32,14 @@ def inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment, torch._inductor.config.patch(compile_threads=1):
         environment.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist loadgroup, the tests of a file that builds or compiles run in one process, and do so once."""
+    for item in items:
+        if item.get_closest_marker("builds") or item.get_closest_marker("compiles"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)

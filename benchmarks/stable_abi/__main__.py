@@ -29,7 +29,7 @@ TORCH = Path(torch.__file__).resolve().parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"  # torch 2.11: hides what came later
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC"]  # as setup.py compiles
 COMPILER = (os.environ.get("CXX") or "c++").split()
-SAME_WORK = ("schema.cpp", "cpu.cpp", "cpu_linear.cpp", "meta.cpp")  # of csrc/ops, what ops.cpp does too
+SAME_WORK = ("schema.cpp", "cpu_codec.cpp", "cpu_linear.cpp", "meta.cpp")  # of csrc/ops, what ops.cpp does too
 CALLS = 200  # in one measurement
 
 
@@ -52,7 +52,7 @@ def link(output: Path, objects: Sequence[Path], *libraries: str) -> Path:
 def build(folder: Path, repeats: int) -> Path:
     """Compile both forms, print what it costs and return the stable one; the kernels of csrc/cpu are part of both."""
     kernels = [compile_object(source, folder)[0] for source in sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    sources = [path for path in sorted((ROOT / "csrc/ops").glob("*.cpp")) if path.name != "cuda.cpp"]
+    sources = [path for path in sorted((ROOT / "csrc/ops").glob("*.cpp")) if not path.name.startswith("cuda")]
     objects: dict[Path, Path] = {}
     seconds: dict[Path, list[float]] = {}
     for _, source in product(range(repeats), [*sources, HERE / "ops.cpp"]):

@@ -12,9 +12,8 @@
 #include <tuple>
 #include <vector>
 
+#include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/float_environment.h"
-#include "csrc/cpu/kernels.h"
-#include "csrc/cpu/linear.h"
 
 namespace squish::stable {
 namespace {
@@ -102,10 +101,10 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& 
 
 Tensor in_one_piece(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-const cpu::Kernels& kernels() {
+const cpu::Path& path() {
   const cpu::Selection& selection = cpu::selection();
   if (!selection.error.empty()) throw ValueError(selection.error);
-  return *selection.kernels;
+  return *selection.path;
 }
 
 // Calls with(T{}) for the type that a dtype's values are stored in.
@@ -142,7 +141,7 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size
     with_storage_type(w.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       const T* values = static_cast<const T*>(w.const_data_ptr());
-      for_each_stretch(n * d, group_size, [&, encode = cpu::encode_kernel<T>(kernels())](int64_t at, int64_t count) {
+      for_each_stretch(n * d, group_size, [&, encode = path().codec<T>().encode](int64_t at, int64_t count) {
         encode(values + at, count, group_size, bytes + at / 2, scale + at / group_size);
       });
     });
@@ -158,10 +157,9 @@ void decode(const Tensor& packed, const Tensor& scales, int64_t group_size, cons
     using T = decltype(zero);
     if constexpr (!std::is_same_v<T, double>) {
       T* values = static_cast<T*>(out.mutable_data_ptr());
-      for_each_stretch(out.numel(), group_size,
-                       [&, kernel = cpu::decode_kernel<T>(kernels())](int64_t at, int64_t count) {
-                         kernel(bytes + at / 2, scale + at / group_size, 0, count, group_size, values + at);
-                       });
+      for_each_stretch(out.numel(), group_size, [&, kernel = path().codec<T>().decode](int64_t at, int64_t count) {
+        kernel(bytes + at / 2, scale + at / group_size, 0, count, group_size, values + at);
+      });
     }
   });
 }
@@ -188,16 +186,16 @@ void multiply(const cpu::LinearKernels<Element>& linear, const Tensor& x, const 
     const cpu::DefaultFloatEnvironment environment;
     cpu::pack_activations(linear, static_cast<const T*>(x.const_data_ptr()), m, d, d, columns, 0, m, activations);
   }
-  const cpu::LinearTask<Element, T> task{linear,
-                                         static_cast<const uint8_t*>(packed.const_data_ptr()),
-                                         static_cast<const float*>(scales.const_data_ptr()),
-                                         columns,
-                                         group_size,
-                                         activations,
-                                         m,
-                                         bias,
-                                         static_cast<T*>(y.mutable_data_ptr()),
-                                         n};
+  const cpu::LinearTask<Element, T> task{.kernels = linear,
+                                         .packed = static_cast<const uint8_t*>(packed.const_data_ptr()),
+                                         .scales = static_cast<const float*>(scales.const_data_ptr()),
+                                         .columns = columns,
+                                         .group_size = group_size,
+                                         .x = activations,
+                                         .m = m,
+                                         .bias = bias,
+                                         .y = static_cast<T*>(y.mutable_data_ptr()),
+                                         .y_stride = n};
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1));
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
     const cpu::DefaultFloatEnvironment environment;
@@ -222,11 +220,10 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
       using T = decltype(zero);
       if constexpr (!std::is_same_v<T, double>) {
         const Tensor rows = in_one_piece(x), p = in_one_piece(packed), s = in_one_piece(scales);
-        const cpu::Selection& path = cpu::selection();
         if constexpr (std::is_same_v<T, nf4::BFloat16>)
-          if (path.linear_bfloat16 != nullptr)
-            return multiply<T, T>(*path.linear_bfloat16, rows, p, s, bias_values, group_size, y);
-        multiply<float, T>(kernels().linear, rows, p, s, bias_values, group_size, y);
+          if (path().linear_bfloat16 != nullptr)
+            return multiply<T, T>(*path().linear_bfloat16, rows, p, s, bias_values, group_size, y);
+        multiply<float, T>(*path().linear, rows, p, s, bias_values, group_size, y);
       }
     });
   }

@@ -15,7 +15,7 @@ from benchmarks.bench import DTYPES, Candidate, Options, checked, measure, relat
 from benchmarks.peers import left_out_if_it_fails, peers
 from benchmarks.peers.bitsandbytes import BitsAndBytes, linear4bit
 from benchmarks.records import HOT, OURS, PEER, Case, Record
-from squish_nf4.commands.demo import run as demo
+from squish_nf4.commands.demo.model import load_model, require_extras
 from squish_nf4.commands.demo.sentences import SENTENCES
 
 WHAT = "MiniLM, 64 sentences"
@@ -28,13 +28,13 @@ PEER_BOUND = 5e-2
 
 def run(options: Options) -> Iterator[Record]:
     try:
-        demo.require_extras()
+        require_extras()
     except ImportError as error:
         print(f"the suite model is left out: {error}")
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the model's dependencies, about each other
-        sentence_model = demo.load_model()
+        sentence_model = load_model()
     sentences = [SENTENCES[i % len(SENTENCES)] for i in range(COUNT)]
     words = sentence_model.preprocess(sentences)
     for dtype in options.dtypes:

@@ -1,15 +1,25 @@
 // The C interface: checks, and a call of the kernels. Exceptions cannot leave: nothing here throws.
 #include "csrc/c/squish_nf4.h"
 
+#include <array>
+#include <cstdio>
 #include <limits>
 
+#include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/float_environment.h"
-#include "csrc/cpu/kernels.h"
 #include "csrc/nf4/codebook.h"
 
 namespace {
 
 using namespace squish;
+
+// Written when the library is loaded: the functions do not allocate.
+const auto kBadIsa = [] {
+  std::array<char, 256> text;
+  std::snprintf(text.data(), text.size(), "SQUISH_NF4_ISA must be %s, and one that this processor has",
+                cpu::path_names().c_str());
+  return text;
+}();
 
 struct Matrix {
   int64_t n, d, group_size, first_row, last_row;
@@ -31,15 +41,15 @@ int32_t check(const Matrix& m, const void* dense, const void* packed, const void
 template <typename T>
 void quantize(const Matrix& m, const void* w, uint8_t* packed, float* scales) {
   const int64_t at = m.first_column();
-  cpu::encode_kernel<T> (*cpu::selection().kernels)(static_cast<const T*>(w) + at, m.columns(), m.group_size,
-                                                    packed + at / 2, scales + at / m.group_size);
+  const auto& codec = cpu::selection().path->codec<T>();
+  codec.encode(static_cast<const T*>(w) + at, m.columns(), m.group_size, packed + at / 2, scales + at / m.group_size);
 }
 
 template <typename T>
 void dequantize(const Matrix& m, const uint8_t* packed, const float* scales, void* out) {
   const int64_t at = m.first_column();
-  cpu::decode_kernel<T> (*cpu::selection().kernels)(packed + at / 2, scales + at / m.group_size, 0, m.columns(),
-                                                    m.group_size, static_cast<T*>(out) + at);
+  const auto& codec = cpu::selection().path->codec<T>();
+  codec.decode(packed + at / 2, scales + at / m.group_size, 0, m.columns(), m.group_size, static_cast<T*>(out) + at);
 }
 
 }  // namespace
@@ -61,7 +71,7 @@ const char* squish_nf4_message(int32_t status) {
     case SQUISH_NF4_BAD_ROWS:
       return "the rows must be 0 <= first_row <= last_row <= n";
     case SQUISH_NF4_BAD_ISA:
-      return "SQUISH_NF4_ISA must be scalar, avx2, avx512 or avx512_bf16, and one that this processor has";
+      return kBadIsa.data();
     default:
       return "unknown status";
   }
@@ -102,5 +112,5 @@ const float* squish_nf4_levels(void) { return nf4::kLevels.data(); }
 
 const char* squish_nf4_isa(void) {
   const cpu::Selection& selection = cpu::selection();
-  return selection.error.empty() ? cpu::isa_name(selection.isa) : nullptr;
+  return selection.error.empty() ? selection.path->name : nullptr;
 }

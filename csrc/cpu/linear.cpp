@@ -1,3 +1,4 @@
+// Shares the rows of a weight out among the four runs that a kernel reads side by side, and finishes what it sums.
 #include "csrc/cpu/linear.h"
 
 #include <algorithm>
@@ -24,14 +25,14 @@ void store(const LinearTask<Element, T>& task, const Stretch& stretch, const flo
 }
 
 template <typename Element, typename T>
-void multiply(const LinearTask<Element, T>& task, const Stretch& stretch, Element* scratch, float* sums) {
+void compute(const LinearTask<Element, T>& task, const Stretch& stretch, Element* scratch, float* sums) {
   RowRuns runs;
   for (int run = 0; run < kRuns; ++run) {
     runs.packed[run] = task.packed + stretch.first[run] * (task.columns / 2);
     runs.scales[run] = task.scales + stretch.first[run] * (task.columns / task.group_size);
   }
   runs.rows = stretch.rows;
-  task.kernels.multiply(runs, task.columns, task.group_size, task.x, task.m, scratch, sums);
+  task.kernels.dot_products(runs, task.columns, task.group_size, task.x, task.m, scratch, sums);
   store(task, stretch, sums);
 }
 
@@ -42,8 +43,9 @@ void pack_activations(const LinearKernels<Element>& kernels, const T* x, int64_t
                       int64_t columns, int64_t first, int64_t last, Element* out) {
   const int64_t elements = packed_elements(kernels, columns), padded = elements / kernels.step_elements * kernels.step;
   const int64_t block = blocks_of(m, kernels.block).rows;
+  const auto pack = std::get<Activations<T, Element>>(kernels.activations).pack;
   for (int64_t i = first * block; i < std::min(m, last * block); i += block)
-    pack_kernel<T>(kernels)(x + i * stride, std::min(block, m - i), d, stride, padded, out + i * elements);
+    pack(x + i * stride, std::min(block, m - i), d, stride, padded, out + i * elements);
 }
 
 template <typename Element, typename T>
@@ -54,13 +56,13 @@ void linear_rows(const LinearTask<Element, T>& task, int64_t first, int64_t last
   for (int64_t row = 0; row < run_length; row += kRowsOfRun) {
     Stretch stretch{{}, std::min(kRowsOfRun, run_length - row), kRuns};
     for (int run = 0; run < kRuns; ++run) stretch.first[run] = first + run * run_length + row;
-    multiply(task, stretch, elements, sums);
+    compute(task, stretch, elements, sums);
   }
   const int64_t rest = first + kRuns * run_length;
   if (rest == last) return;
   Stretch stretch{{}, 1, static_cast<int>(last - rest)};
   for (int run = 0; run < kRuns; ++run) stretch.first[run] = std::min<int64_t>(rest + run, last - 1);
-  multiply(task, stretch, elements, sums);
+  compute(task, stretch, elements, sums);
 }
 
 #define SQUISH_LINEAR(Element, T)                                                                                      \

@@ -15,12 +15,12 @@
 // Both factors are laid out alike, in half steps: a step is 2 * kLanes columns, its first half the even ones and its
 // second the odd ones, as a byte holds them. Each half step holds kLanes elements of every row, one row after another.
 //
-// Included inside a path's target region, like group_loops.h: everything here is a template over V or has internal
-// linkage, and what it includes has been included before the region began.
+// Included inside a path's target region, like codec_loops.h: everything here is a template over V or has internal
+// linkage, and target_region.h has what comes from outside.
 #pragma once
 
 #include "csrc/cpu/group_cursor.h"
-#include "csrc/cpu/linear_headers.h"
+#include "csrc/cpu/target_region.h"
 
 namespace squish::cpu {
 
@@ -140,8 +140,8 @@ __attribute__((always_inline)) inline void for_each_step(const RowOfEachRun& row
 
 // Few activations: every decoded register is multiplied with all of them at once, and never stored.
 template <class V, int M>
-void multiply_few(const RowOfEachRun& rows, int64_t columns, int64_t group_size, const typename V::Element* x,
-                  int64_t stride, float* sums) {
+void decode_and_multiply(const RowOfEachRun& rows, int64_t columns, int64_t group_size, const typename V::Element* x,
+                         int64_t stride, float* sums) {
   typename V::Sum sum[M][kRuns];
   for (int i = 0; i < M; ++i)
     for (int run = 0; run < kRuns; ++run) sum[i][run] = V::zero();
@@ -174,8 +174,8 @@ void decode_rows(const RowOfEachRun& rows, int64_t first, int64_t last, int64_t 
 
 // Four decoded rows times M activations, `half_steps` of them. sums[i * stride + run]: set, or added to.
 template <class V, int M>
-void multiply_block(const typename V::Element* w, const typename V::Element* x, int64_t half_steps, bool add,
-                    int64_t stride, float* sums) {
+void multiply_decoded(const typename V::Element* w, const typename V::Element* x, int64_t half_steps, bool add,
+                      int64_t stride, float* sums) {
   typename V::Sum sum[M][kRuns];
   for (int i = 0; i < M; ++i)
     for (int run = 0; run < kRuns; ++run) sum[i][run] = V::zero();
@@ -204,16 +204,16 @@ void with_constant(int64_t m, const F& f) {
 }
 
 template <class V>
-void multiply_rows(const RowRuns& runs, int64_t columns, int64_t group_size, const typename V::Element* x, int64_t m,
-                   typename V::Element* scratch, float* sums) {
+void dot_products(const RowRuns& runs, int64_t columns, int64_t group_size, const typename V::Element* x, int64_t m,
+                  typename V::Element* scratch, float* sums) {
   using Element = typename V::Element;
   constexpr int64_t kStep = 2 * V::kLanes;
   const int64_t stride = runs.rows * kRuns;  // from one activation's sums to the next
   if (m <= V::kFew) {
     with_constant<V::kFew>(m, [&](auto constant) {
       for (int64_t row = 0; row < runs.rows; ++row)
-        multiply_few<V, constant>(row_of_each_run(runs, row, columns, group_size), columns, group_size, x, stride,
-                                  sums + row * kRuns);
+        decode_and_multiply<V, constant>(row_of_each_run(runs, row, columns, group_size), columns, group_size, x,
+                                         stride, sums + row * kRuns);
     });
     return;
   }
@@ -230,22 +230,22 @@ void multiply_rows(const RowRuns& runs, int64_t columns, int64_t group_size, con
       for (int64_t i = 0; i < m; i += block)
         with_constant<V::kBlock>(std::min(block, m - i), [&](auto constant) {
           for (int64_t row = first_row; row < last_row; ++row)
-            multiply_block<V, constant>(scratch + (row - first_row) * kRuns * kLinearChunk<Element>,
-                                        x + i * padded + first * constant, (last - first) / V::kLanes, first != 0,
-                                        stride, sums + i * stride + row * kRuns);
+            multiply_decoded<V, constant>(scratch + (row - first_row) * kRuns * kLinearChunk<Element>,
+                                          x + i * padded + first * constant, (last - first) / V::kLanes, first != 0,
+                                          stride, sums + i * stride + row * kRuns);
         });
     }
   }
 }
 
-template <class V>
-constexpr LinearKernels<float> linear_kernels_of() {
-  return {2 * V::kLanes,
-          2 * V::kLanes,
-          V::kBlock,
-          nullptr,
-          {&pack_rows<V, float>, &pack_rows<V, BFloat16>, &pack_rows<V, Float16>},
-          &multiply_rows<V>};
+template <class V, typename... T>
+constexpr LinearKernels<typename V::Element> linear_kernels_of() {
+  using Element = typename V::Element;
+  return {.step = 2 * V::kLanes,
+          .step_elements = 2 * V::kLanes,
+          .block = V::kBlock,
+          .activations = {Activations<T, Element>{.pack = &pack_rows<V, T>}...},
+          .dot_products = &dot_products<V>};
 }
 
 }  // namespace squish::cpu

@@ -1,9 +1,7 @@
 // The plain path: runs anywhere, and is what the other paths must equal bit for bit.
-#include <algorithm>
 #include <cmath>
 
-#include "csrc/cpu/group_loops.h"
-#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/codec_loops.h"
 #include "csrc/cpu/linear_loops.h"
 
 namespace squish::cpu {
@@ -131,6 +129,7 @@ struct ScalarFloats {
 
 }  // namespace
 
-constinit const Kernels kScalarKernels = kernels_of_path<ScalarPath>(linear_kernels_of<ScalarFloats>());
+constinit const Codecs kScalarCodecs = codecs_of<ScalarPath>();
+constinit const LinearKernels<float> kScalarLinear = linear_kernels_of<ScalarFloats, float, BFloat16, Float16>();
 
 }  // namespace squish::cpu

@@ -1,7 +1,19 @@
-// Compiles a stretch of a file for more than the baseline CPU, without compiler flags that would also reach the inline
-// functions of other headers: a std function built for AVX-512 could be the copy that the linker keeps for everyone.
-// Include every other header first; <immintrin.h> comes from here.
+// Everything that must come before a target region, and the region itself: a stretch of a file that is compiled for
+// more than the baseline CPU, without compiler flags that would also reach the inline functions of other headers. A std
+// function built for AVX-512 could be the copy that the linker keeps for everyone, so what the loops of codec_loops.h
+// and linear_loops.h use is included here; a file that needs more includes it before its region begins.
 #pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/linear.h"
+#include "csrc/nf4/codec.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -14,7 +14,7 @@
 #include <numeric>
 
 #include "csrc/ops/calls.h"
-#include "csrc/ops/node.h"
+#include "csrc/ops/torch_compat.h"
 
 namespace squish::ops {
 namespace {

@@ -22,13 +22,6 @@ using at::Tensor;
 // "uint8", as Python says it; ScalarType itself prints as "Byte".
 inline std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
-inline bool is_weight_dtype(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
-}
-inline bool is_compute_dtype(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
-}
-
 // An optional tensor that is undefined counts as none, as in ATen's own operators.
 inline bool is_given(const std::optional<Tensor>& tensor) { return tensor && tensor->defined(); }
 
@@ -50,6 +43,21 @@ inline void check_same_device(const char* op, const char* name, const Tensor& te
               " is on ", first.device(), "; they must be on one device");
 }
 
+inline bool is_compute_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+// hint: what else to say to whoever gave this dtype.
+inline void check_compute_dtype(const char* op, const char* name, at::ScalarType dtype, const char* hint = "") {
+  TORCH_CHECK_TYPE(is_compute_dtype(dtype), op, ": ", name, " must be float32, bfloat16 or float16, got ",
+                   name_of(dtype), hint);
+}
+
+inline void check_weight_dtype(const char* op, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(is_compute_dtype(dtype) || dtype == at::kDouble, op,
+                   ": w must be float32, bfloat16, float16 or float64, got ", name_of(dtype));
+}
+
 // The upper bound only keeps the arithmetic below from overflowing where there are no columns to divide.
 inline void check_group_size(const char* op, int64_t group_size) {
   constexpr int64_t kMost = int64_t{1} << 40;
@@ -59,8 +67,7 @@ inline void check_group_size(const char* op, int64_t group_size) {
 
 inline void check_weight(const Tensor& w, int64_t group_size) {
   constexpr auto op = "quantize_nf4";
-  TORCH_CHECK_TYPE(is_weight_dtype(w.scalar_type()), op, ": w must be float32, bfloat16, float16 or float64, got ",
-                   name_of(w.scalar_type()));
+  check_weight_dtype(op, w.scalar_type());
   TORCH_CHECK_VALUE(w.dim() == 2, op, ": w must be 2-D (rows, columns), got ", w.dim(), "-D");
   check_group_size(op, group_size);
   const c10::SymInt d = w.sym_size(1);
@@ -88,32 +95,17 @@ inline void check_packed(const char* op, const Tensor& packed, const Tensor& sca
                     d / group_size);
 }
 
-// w, and what quantize_nf4 makes of it.
-inline void check_survey(const Tensor& w, const Tensor& packed, const Tensor& scales, int64_t group_size) {
-  constexpr auto op = "_survey_nf4";
-  check_same_device(op, "packed", packed, "w", w);
-  TORCH_CHECK_TYPE(is_weight_dtype(w.scalar_type()), op, ": w must be float32, bfloat16, float16 or float64, got ",
-                   name_of(w.scalar_type()));
-  check_packed(op, packed, scales, group_size);
-  const c10::SymInt n = packed.sym_size(0), d = packed.sym_size(1) * 2;
-  TORCH_CHECK_VALUE(w.dim() == 2, op, ": w must be 2-D (rows, columns), got ", w.dim(), "-D");
-  SQUISH_CHECK_SIZE(w.sym_size(0).sym_eq(n).sym_and(w.sym_size(1).sym_eq(d)), op, ": w has shape ", w.sym_sizes(),
-                    " but packed holds ", n, " rows and ", d, " columns");
-}
-
 inline void check_dequantize(const Tensor& packed, const Tensor& scales, int64_t group_size,
                              std::optional<at::ScalarType> dtype) {
   check_packed("dequantize_nf4", packed, scales, group_size);
-  TORCH_CHECK_TYPE(!dtype || is_compute_dtype(*dtype),
-                   "dequantize_nf4: dtype must be float32, bfloat16 or float16, got ", name_of(*dtype));
+  if (dtype) check_compute_dtype("dequantize_nf4", "dtype", *dtype);
 }
 
 inline void check_dequantize_out(const Tensor& packed, const Tensor& scales, int64_t group_size, const Tensor& out) {
   constexpr auto op = "dequantize_nf4";
   check_packed(op, packed, scales, group_size);
   check_same_device(op, "out", out, "packed", packed);
-  TORCH_CHECK_TYPE(is_compute_dtype(out.scalar_type()), op, ": out must be float32, bfloat16 or float16, got ",
-                   name_of(out.scalar_type()));
+  check_compute_dtype(op, "out", out.scalar_type());
   const c10::SymInt n = packed.sym_size(0), d = packed.sym_size(1) * 2;
   TORCH_CHECK_VALUE(out.dim() == 2, op, ": out must be 2-D (rows, columns), got ", out.dim(), "-D");
   SQUISH_CHECK_SIZE(out.sym_size(0).sym_eq(n).sym_and(out.sym_size(1).sym_eq(d)), op, ": out has shape ",
@@ -121,7 +113,7 @@ inline void check_dequantize_out(const Tensor& packed, const Tensor& scales, int
   SQUISH_CHECK_SIZE(out.sym_is_contiguous(), op, ": out must be contiguous, got strides ", out.sym_strides());
 }
 
-// x may have fewer columns than the packed weight: the last, incomplete block of lcm(2, group_size) is padding.
+// x or w may have fewer columns than the packed weight: the last, incomplete block of lcm(2, group_size) is padding.
 inline void check_padding(const char* op, const char* what, const c10::SymInt& d, const c10::SymInt& columns,
                           int64_t group_size) {
   const int64_t block = std::lcm(int64_t{2}, group_size);
@@ -130,22 +122,32 @@ inline void check_padding(const char* op, const char* what, const c10::SymInt& d
                     " more as padding, are wanted at group_size=", group_size, ")");
 }
 
+// w, and what quantize_nf4 makes of it, padded or not.
+inline void check_survey(const Tensor& w, const Tensor& packed, const Tensor& scales, int64_t group_size) {
+  constexpr auto op = "_survey_nf4";
+  check_same_device(op, "packed", packed, "w", w);
+  check_weight_dtype(op, w.scalar_type());
+  check_packed(op, packed, scales, group_size);
+  TORCH_CHECK_VALUE(w.dim() == 2, op, ": w must be 2-D (rows, columns), got ", w.dim(), "-D");
+  SQUISH_CHECK_SIZE(w.sym_size(0).sym_eq(packed.sym_size(0)), op, ": w has ", w.sym_size(0), " rows but packed has ",
+                    packed.sym_size(0));
+  check_padding(op, "w has", w.sym_size(1), packed.sym_size(1) * 2, group_size);
+}
+
 inline void check_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
                          int64_t group_size) {
   constexpr auto op = "linear_nf4";
   check_same_device(op, "packed", packed, "x", x);
   if (is_given(bias)) check_same_device(op, "bias", *bias, "x", x);
-  TORCH_CHECK_TYPE(is_compute_dtype(x.scalar_type()), op, ": x must be float32, bfloat16 or float16, got ",
-                   name_of(x.scalar_type()),
-                   x.scalar_type() == at::kByte ? "; if x was cast with x.to(next(model.parameters()).dtype): the "
-                                                  "first parameter may be packed NF4 bytes, name the dtype instead"
-                                                : "");
+  check_compute_dtype(op, "x", x.scalar_type(),
+                      x.scalar_type() == at::kByte ? "; if x was cast with x.to(next(model.parameters()).dtype): the "
+                                                     "first parameter may be packed NF4 bytes, name the dtype instead"
+                                                   : "");
   check_packed(op, packed, scales, group_size);
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
   check_padding(op, "x has", x.sym_size(-1), packed.sym_size(1) * 2, group_size);
   if (!is_given(bias)) return;
-  TORCH_CHECK_TYPE(is_compute_dtype(bias->scalar_type()), op, ": bias must be float32, bfloat16 or float16, got ",
-                   name_of(bias->scalar_type()));
+  check_compute_dtype(op, "bias", bias->scalar_type());
   TORCH_CHECK_VALUE(bias->dim() == 1, op, ": bias must be 1-D, got ", bias->dim(), "-D");
   SQUISH_CHECK_SIZE(bias->sym_size(0).sym_eq(packed.sym_size(0)), op, ": bias has ", bias->sym_size(0),
                     " elements but packed has ", packed.sym_size(0), " rows");
@@ -155,8 +157,7 @@ inline void check_linear_grad_x(const Tensor& dy, const Tensor& packed, const Te
                                 const c10::SymInt& d) {
   constexpr auto op = "_linear_nf4_grad_x";
   check_same_device(op, "packed", packed, "dy", dy);
-  TORCH_CHECK_TYPE(is_compute_dtype(dy.scalar_type()), op, ": dy must be float32, bfloat16 or float16, got ",
-                   name_of(dy.scalar_type()));
+  check_compute_dtype(op, "dy", dy.scalar_type());
   check_packed(op, packed, scales, group_size);
   TORCH_CHECK_VALUE(dy.dim() >= 1, op, ": dy must have at least one dimension, got a scalar");
   SQUISH_CHECK_SIZE(dy.sym_size(-1).sym_eq(packed.sym_size(0)), op, ": dy has ", dy.sym_size(-1),

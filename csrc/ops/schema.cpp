@@ -1,7 +1,7 @@
 // The operators' schemas. The only file that says m.def.
 #include <torch/library.h>
 
-#include "csrc/ops/torch_version.h"
+#include "csrc/ops/torch_compat.h"
 
 // torch 2.13 and later compile an .out operator that carries this tag; to earlier ones it is unknown.
 #if SQUISH_TORCH_AT_LEAST(2, 13)

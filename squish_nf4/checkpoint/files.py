@@ -7,7 +7,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-CHUNK = 2**20  # bytes read at once
+AT_ONCE = 2**20  # bytes read in one step
 
 
 def lies_inside(path: Path, root: str | Path) -> bool:
@@ -53,8 +53,8 @@ def refuse_outside(path: Path, root: str) -> None:
 def sha256_of(file: BinaryIO) -> str:
     """The sha256, in hex, of what is left to read."""
     sha256 = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        sha256.update(chunk)
+    while data := file.read(AT_ONCE):
+        sha256.update(data)
     return sha256.hexdigest()
 
 
@@ -87,8 +87,8 @@ def copy_hashing(source: Path, target: Path) -> HashingFile:
     """
     with source.open("rb") as reader, target.open("xb") as writer:
         hashing = HashingFile(writer)
-        while chunk := reader.read(CHUNK):
-            hashing.write(chunk)
+        while data := reader.read(AT_ONCE):
+            hashing.write(data)
     return hashing
 
 

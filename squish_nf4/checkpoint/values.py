@@ -52,7 +52,7 @@ def smallest_lossless(values: Array) -> Array:
 def smallest_dtype(values: Array) -> np.dtype[np.generic]:
     """float16 or float32 if that loses nothing, else values' own; integers, bool and complex keep theirs.
 
-    Of a tensor looked at in parts it is the widest of the parts': float16 lies in float32, and that in float64.
+    Of a tensor looked at in stretches it is the widest of theirs: float16 lies in float32, and that in float64.
     """
     if values.dtype.kind == "f":
         for dtype in (np.dtype(np.float16), np.dtype(np.float32)):

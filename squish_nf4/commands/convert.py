@@ -1,4 +1,4 @@
-"""``squish-nf4 convert``: its arguments, its exit codes, and what it prints where."""
+"""``squish-nf4 convert``: its arguments, its exit codes, and on which stream it says what."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ import typer
 from squish_nf4.checkpoint.conversion.budget import DEFAULT_MAX_RAM
 from squish_nf4.checkpoint.conversion.options import DEFAULT_OUTLIER_THRESHOLD
 from squish_nf4.checkpoint.resources import DEFAULT_MIN_FREE_GB
-from squish_nf4.commands import convert_events, terminal
-from squish_nf4.commands import print_convert as convert_report
-from squish_nf4.commands.errors import errors_in_one_sentence
+from squish_nf4.commands import print_convert, terminal
 
 RESUMABLE = 3
 INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
@@ -25,7 +23,7 @@ UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**2
 
 
 def bytes_of(text: str) -> int:
-    """A size as people write it: 800MB, 1.5GiB, or a number of bytes."""
+    """The bytes of a size as people write it: 800MB, 1.5GiB, or a number of bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-zA-Z]*)", text.strip())
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
     if found is None or found[2].lower() not in units:
@@ -121,11 +119,11 @@ def command(
             "ultra": ultra,
         }
         if only_plan or target is None:
-            with convert_report.conversion_progress() as progress:
+            with terminal.progress_bar() as progress:
                 plan = dry_run(source, max_ram=max_ram, progress=progress, **options)
-            convert_events.print_plan(plan) if json else convert_report.print_plan(plan)
+            print_convert.emit_plan(plan) if json else print_convert.print_plan(plan)
             return
-        with convert_report.conversion_progress() as progress:
+        with terminal.progress_bar() as progress:
             report = convert(
                 source,
                 target,
@@ -135,10 +133,10 @@ def command(
                 overwrite=overwrite,
                 delete_source=delete_source,
                 progress=progress,
-                on_tensor=convert_events.print_tensor if json else None,
+                on_tensor=print_convert.emit_tensor if json else None,
                 **options,
             )
-        convert_events.print_done(report) if json else convert_report.print_conversion(report)
+        print_convert.emit_done(report) if json else print_convert.print_conversion(report)
 
 
 def one_of(place: str, positional: Path | None, flag: str, named: Path | None) -> Path:
@@ -160,8 +158,8 @@ def one_of(place: str, positional: Path | None, flag: str, named: Path | None) -
 
 @contextmanager
 def ending(json: bool) -> Iterator[None]:
-    """Gives an error its exit code and, if asked for, its event; the sentence on stderr comes in any case."""
-    with errors_in_one_sentence():
+    """Give an error its exit code and, if asked for, its event; the sentence on stderr comes in any case."""
+    with terminal.errors_in_one_sentence():
         from squish_nf4.checkpoint.conversion.convert import UnfinishedError
 
         try:
@@ -170,17 +168,17 @@ def ending(json: bool) -> Iterator[None]:
             code = {UnfinishedError: RESUMABLE, KeyboardInterrupt: INTERRUPTED}.get(type(error), 1)
             if not isinstance(error, OSError | ValueError | TypeError | KeyboardInterrupt):
                 raise
-            sentence = without_number(error) or "interrupted"
+            sentence = without_errno(error) or "interrupted"
             if json:
                 try:
-                    convert_events.print_error(sentence, code)
+                    print_convert.emit_error(sentence, code)
                 except OSError:  # nobody reads on; what stdout still holds would fail once more when Python ends
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             terminal.complain(sentence)
             raise typer.Exit(code) from error
 
 
-def without_number(error: BaseException) -> str:
+def without_errno(error: BaseException) -> str:
     """What an error says, without the "[Errno 28]" that Python puts before it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f" ({error.filename})" if error.filename else "")

@@ -1,4 +1,4 @@
-"""The commands that look at what was written: verify, inspect and diff. cli.py lists them."""
+"""Arguments and exit codes of the commands that look at a directory: ``squish-nf4 verify``, ``inspect``, ``diff``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from squish_nf4.commands import print_convert as convert_report
 from squish_nf4.commands import terminal
-from squish_nf4.commands.errors import errors_in_one_sentence
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A squish directory.", show_default=False)]
 Source = Annotated[
@@ -26,13 +24,13 @@ def verify(path: Directory, source: Source = None) -> None:
 
     Exit code 0: sound. 1: something is wrong or cannot be checked, a line each. 2: wrong usage.
     """
-    with errors_in_one_sentence():
+    with terminal.errors_in_one_sentence():
         from squish_nf4.checkpoint.audit.verify import verify
-        from squish_nf4.commands import print_look as verify_report
+        from squish_nf4.commands.print_look import print_verification
 
-        with convert_report.conversion_progress() as progress:
+        with terminal.progress_bar() as progress:
             report = verify(path, source, progress=progress)
-        verify_report.print_report(report)
+        print_verification(report)
         if not report.sound:
             raise typer.Exit(1)
 
@@ -56,20 +54,20 @@ def inspect(
 
     Exit code 0: done. 1: it cannot be read. 2: wrong usage.
     """
-    with errors_in_one_sentence():
+    with terminal.errors_in_one_sentence():
         from squish_nf4.checkpoint.audit.inspection import inspect
-        from squish_nf4.commands.inspect import print as inspect_report
+        from squish_nf4.commands.inspect.print import print_inspection, print_json
 
-        with convert_report.conversion_progress() as progress:
+        with terminal.progress_bar() as progress:
             report = inspect(path, source, progress=progress)
         if json:
-            inspect_report.print_json(report)
+            print_json(report)
         else:
-            inspect_report.print_report(report)
+            print_inspection(report)
         if html is not None:
-            from squish_nf4.commands.inspect import page as inspect_page
+            from squish_nf4.commands.inspect.page import write_page
 
-            inspect_page.write_page(report, html)
+            write_page(report, html)
             terminal.console(stderr=True).print(f"Page written: {escape(str(html))}", soft_wrap=True)
 
 
@@ -81,12 +79,12 @@ def diff(
 
     Exit code, like diff's: 0 the same, 1 different, 2 trouble.
     """
-    with errors_in_one_sentence(exit_code=2):
+    with terminal.errors_in_one_sentence(exit_code=2):
         from squish_nf4.checkpoint.audit.diff import diff
-        from squish_nf4.commands import diff_report
+        from squish_nf4.commands.print_look import print_differences
 
-        with convert_report.conversion_progress() as progress:
+        with terminal.progress_bar() as progress:
             report = diff(a, b, progress=progress)
-        diff_report.print_report(report)
+        print_differences(report)
         if not report.same:
             raise typer.Exit(1)

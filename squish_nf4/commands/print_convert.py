@@ -1,16 +1,18 @@
-"""What ``squish-nf4 convert`` shows on the terminal: a bar while it works, a plan, a summary."""
+"""What ``squish-nf4 convert`` prints: a plan and a summary for people, and events as JSON for programs.
+
+docs/convert.md lists the events, one JSON object a line.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from squish_nf4.commands.terminal import console, count, duration, plain_table, size
@@ -18,37 +20,10 @@ from squish_nf4.commands.terminal import console, count, duration, plain_table, 
 if TYPE_CHECKING:
     from squish_nf4.checkpoint.conversion.plan import ConvertPlan, Planned
     from squish_nf4.checkpoint.conversion.report import ConvertReport, TensorReport
-    from squish_nf4.checkpoint.messages import Progress as Converting
-
-
-@contextmanager
-def conversion_progress() -> Iterator[Callable[[Converting], None] | None]:
-    """Yields what convert() calls with its progress: a bar on a terminal's stderr, nothing elsewhere."""
-    err = console(stderr=True)
-    if not err.is_terminal:
-        yield None
-        return
-    columns = (
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.description}"),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("")
-
-        def show(progress: Converting) -> None:
-            if bar.tasks[task].total is None:
-                bar.update(task, total=progress.bytes_total)
-                bar.reset(task, completed=progress.bytes_done, total=progress.bytes_total)
-            bar.update(task, description=escape(progress.tensor), completed=progress.bytes_done)
-
-        yield show
 
 
 def print_conversion(report: ConvertReport) -> None:
-    """The summary that `convert` ends with."""
+    """Print the summary that `convert` ends with."""
     out = console()
     out.print(f"[bold]{escape(str(report.source))}[/] -> [bold]{escape(str(report.output))}[/]", soft_wrap=True)
     out.print(kinds(report))
@@ -71,13 +46,14 @@ def print_conversion(report: ConvertReport) -> None:
 
 
 def pace(report: ConvertReport) -> str:
+    """How fast a conversion was, as the end of a sentence."""
     if report.resumed:
         return f", after {count(report.resumed, 'tensor')} of an earlier run"
     return f", {size(report.bytes_in / report.seconds)} of input a second"
 
 
 def print_plan(plan: ConvertPlan) -> None:
-    """What `convert --dry-run` prints."""
+    """Print what `convert --dry-run` found."""
     out = console()
     table = plain_table("tensor", "was", "shape", "becomes", "bits per weight", "before", "after")
     for column in table.columns[1:4]:
@@ -110,7 +86,7 @@ def becomes(planned: Planned) -> str:
 
 
 def kinds(report: ConvertReport, title: str | None = None) -> Table:
-    """Tensors and bytes by what became of them."""
+    """A table of tensors and bytes by what became of them."""
     groups: defaultdict[str, list[TensorReport]] = defaultdict(list)
     for tensor in sorted(report.tensors, key=lambda tensor: (tensor.kind != "nf4", -(tensor.group_size or 0))):
         label = f"NF4, groups of {tensor.group_size}" if tensor.kind == "nf4" else "kept exactly"
@@ -129,7 +105,7 @@ def sums(tensors: list[TensorReport]) -> tuple[str, str, str, str]:
 
 
 def reasons(report: ConvertReport) -> Table:
-    """The kept tensors, grouped by why."""
+    """A table of the kept tensors, grouped by why."""
     groups: defaultdict[str, list[TensorReport]] = defaultdict(list)
     for tensor in report.kept:
         groups[kind_of_reason(tensor.reason or "")].append(tensor)
@@ -153,3 +129,62 @@ def kind_of_reason(reason: str) -> str:
     reason = re.sub(r"^(super weight) in row .*$", r"\1", reason)
     reason = re.sub(r"^outlier row \d+ \(.*(threshold .*)\)$", r"outlier row (\1)", reason)
     return re.sub(r"^(odd number of columns) .*$", r"\1", reason)
+
+
+# --- events for programs ---------------------------------------------------------------------------------------------
+
+
+def emit(event: str, **facts: Any) -> None:
+    """Print one event: {"event": its name, and what is known of it}."""
+    typer.echo(json.dumps({"event": event, **facts}, allow_nan=False))
+
+
+def emit_plan(plan: ConvertPlan) -> None:
+    for planned in plan.tensors:
+        emit(
+            "planned",
+            name=planned.entry.name,
+            kind="kept" if planned.reason else "nf4",
+            reason=planned.reason,
+            shape=planned.entry.shape,
+            group_size=planned.group_size,
+            bits_per_weight=planned.bits_per_weight,
+            tied_to=planned.tied_to,
+            bytes_in=planned.entry.nbytes,
+            bytes_out=planned.nbytes,
+        )
+    emit("plan", tensors=len(plan.tensors), bytes_in=plan.source.nbytes, bytes_out=plan.nbytes)
+
+
+def emit_tensor(tensor: TensorReport) -> None:
+    facts = {name: value for name, value in tensor.record().items() if name != "files"}
+    emit(
+        "tensor",
+        name=tensor.name,
+        **facts,
+        bits_per_weight=tensor.bits_per_weight,
+        bytes_in=tensor.bytes_in,
+        bytes_out=tensor.bytes_out,
+        bytes_saved=tensor.bytes_saved,
+        outlier_cost=tensor.outlier_cost,
+    )
+
+
+def emit_done(report: ConvertReport) -> None:
+    emit(
+        "done",
+        source=str(report.source),
+        output=str(report.output),
+        **report.stats(),
+        resumed=report.resumed,
+        mean_relative_error=report.mean_relative_error,
+        worst=report.worst and {"name": report.worst.name, "relative_error": report.worst.relative_error},
+        bytes_saved=report.bytes_saved,
+        outlier_cost=report.outlier_cost,
+        copied=report.copied,
+        notes=report.notes,
+    )
+
+
+def emit_error(message: str, exit_code: int) -> None:
+    emit("error", message=message, exit_code=exit_code, resumable=exit_code != 1)

@@ -1,16 +1,21 @@
-"""What ``squish-nf4 verify`` prints."""
+"""What ``squish-nf4 verify`` and ``squish-nf4 diff`` print."""
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.markup import escape
 
+from squish_nf4.checkpoint.audit.compare import Differences, Place
+from squish_nf4.checkpoint.audit.diff import DiffReport, TensorDiff
 from squish_nf4.checkpoint.audit.verify import VerifyReport
 from squish_nf4.commands import terminal
 from squish_nf4.commands.terminal import count, duration, size
 
+PLURALS = {"index": "indices", "scale": "scales", "value": "values"}
 
-def print_report(report: VerifyReport) -> None:
-    """Problems go to stdout like everything else: they are what was asked for."""
+
+def print_verification(report: VerifyReport) -> None:
+    """Print what is wrong, and a verdict; to stdout, problems too: they are what was asked for."""
     out = terminal.console()
     for problem in report.problems:
         out.print(f"[bold red]Wrong:[/] {escape(problem)}", soft_wrap=True)
@@ -36,3 +41,51 @@ def what_was_checked(report: VerifyReport) -> str:
             f"{report.equal} kept with the same values"
         )
     return "; ".join(parts)
+
+
+def print_differences(report: DiffReport) -> None:
+    """Print the differences alone, and a last line that sums up."""
+    out = terminal.console()
+    for path, names in ((report.a, report.only_a), (report.b, report.only_b)):
+        for name in names:
+            out.print(f"only in {escape(str(path))}: [bold]{escape(name)}[/]", soft_wrap=True)
+    for tensor in report.different:
+        print_tensor_diff(out, tensor)
+    out.print(verdict_of_diff(report), soft_wrap=True)
+
+
+def print_tensor_diff(out: Console, tensor: TensorDiff) -> None:
+    if tensor.form:
+        a, b = tensor.form
+        out.print(f"[bold]{escape(tensor.name)}[/]: stored as {a} and as {b}", soft_wrap=True)
+    for differences in tensor.differences:
+        what = f"1 {differences.what} differs"
+        if differences.count > 1:
+            what = f"{differences.count} {PLURALS[differences.what]} differ"
+        out.print(f"[bold]{escape(tensor.name)}[/]: {what}", soft_wrap=True)
+        for place in differences.first:
+            out.print(f"  {place_and_values(differences, place)}", soft_wrap=True)
+        if differences.count > len(differences.first):
+            out.print(f"  and {differences.count - len(differences.first)} more")
+
+
+def place_and_values(differences: Differences, place: Place) -> str:
+    if differences.what == "scale":
+        return f"row {place.at[0]}, group {place.at[1]}: {place.a!r} -> {place.b!r}"
+    if differences.what == "value":
+        return f"{position(place.at)}: {place.a!r} -> {place.b!r}"
+    return f"{position(place.at)}: index {place.a} -> {place.b}, weight {place.value_a:.7g} -> {place.value_b:.7g}"
+
+
+def position(at: tuple[int, ...]) -> str:
+    """Where an element is: in a matrix by row and column, else by its index."""
+    if len(at) == 2:
+        return f"row {at[0]}, column {at[1]}"
+    return f"element [{', '.join(map(str, at))}]"
+
+
+def verdict_of_diff(report: DiffReport) -> str:
+    if report.same:
+        return f"[green]the same[/]: {count(len(report.equal), 'tensor')}, every bit"
+    only = len(report.only_a) + len(report.only_b)
+    return f"{count(len(report.different), 'tensor')} different, {only} on one side only, {len(report.equal)} the same"

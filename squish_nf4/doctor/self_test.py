@@ -23,20 +23,23 @@ class WrongError(Exception):
 
 
 def expect(holds: bool | Tensor, otherwise: str) -> None:
+    """Raise WrongError with the sentence ``otherwise``, if a condition does not hold."""
     if not holds:
         raise WrongError(otherwise)
 
 
 def levels(device: torch.device) -> Tensor:
+    """The 16 levels of NF4, as the library has them."""
     return torch.tensor(_C.codebook(), dtype=torch.float32, device=device)
 
 
-def random(*shape: int, device: torch.device, seed: int = 1) -> Tensor:
+def gaussian(*shape: int, device: torch.device, seed: int = 1) -> Tensor:
+    """Normal float32 numbers, the same on every device."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def levels_are_quantiles(device: torch.device) -> str:
-    """NF4 as QLoRA derives it: 8 and 7 evenly spaced quantiles of the normal distribution, and 0; the last is 1."""
+    """Derive NF4 as QLoRA does: 8 and 7 evenly spaced quantiles of the normal distribution, and 0; the last is 1."""
     tail, normal = 0.9677083, NormalDist()
     above = [normal.inv_cdf(tail + (0.5 - tail) * i / 8) for i in range(8)]
     below = [-normal.inv_cdf(tail + (0.5 - tail) * i / 7) for i in range(7)]
@@ -47,7 +50,7 @@ def levels_are_quantiles(device: torch.device) -> str:
 
 
 def bytes_are_as_specified(device: torch.device) -> str:
-    """Rows worked by hand: the levels in order, a group of zeros, and one that holds infinity."""
+    """Encode rows worked by hand: the levels in order, a group of zeros, and one that holds infinity."""
     row = levels(device)
     w = torch.stack([row, 0 * row, torch.where(row == 0, torch.inf, row)])
     packed, scales = torch.ops.squish.quantize_nf4(w, 16)  # ops.quantize_nf4 would refuse the infinity
@@ -60,7 +63,7 @@ def bytes_are_as_specified(device: torch.device) -> str:
 
 
 def exact_weights_come_back(device: torch.device) -> str:
-    """Levels times powers of two lose nothing: every bit returns, from the smallest scales to the largest."""
+    """Encode levels times powers of two, which lose nothing: every bit returns, at scales from tiny to huge."""
     exponents = range(-100, 127)
     generator = torch.Generator().manual_seed(2)
     for group_size in (2, 32, 48):
@@ -78,9 +81,9 @@ def exact_weights_come_back(device: torch.device) -> str:
 
 
 def every_weight_takes_the_nearest_level(device: torch.device) -> str:
-    """The definition in plain torch, on normal weights of every input dtype; the known error of NF4 comes out."""
+    """Encode normal weights of every dtype, beside the definition in plain torch; NF4's known error comes out."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        w = random(64, 512, device=device).to(dtype)
+        w = gaussian(64, 512, device=device).to(dtype)
         packed, scales = ops.quantize_nf4(w, 32)
         groups = w.float().view(64, -1, 32)
         expected = groups.abs().amax(2)
@@ -100,13 +103,13 @@ def every_weight_takes_the_nearest_level(device: torch.device) -> str:
 
 
 def linear_equals_float64(device: torch.device) -> str:
-    """Few rows (the fused kernel) and many, in three dtypes, within what rounding explains."""
-    packed, scales = ops.quantize_nf4(random(96, 512, device=device), 64)
-    w, bias = ops.dequantize_nf4(packed, scales, 64).double(), random(96, device=device, seed=3)
+    """Multiply few rows (the fused kernel) and many, in three dtypes; equal within what rounding explains."""
+    packed, scales = ops.quantize_nf4(gaussian(96, 512, device=device), 64)
+    w, bias = ops.dequantize_nf4(packed, scales, 64).double(), gaussian(96, device=device, seed=3)
     worst = 0.0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows in (1, 7, 300):
-            x = random(rows, 512, device=device, seed=rows).to(dtype)
+            x = gaussian(rows, 512, device=device, seed=rows).to(dtype)
             result = ops.linear_nf4(x, packed, scales, bias, 64).double()
             exact = x.double() @ w.T + bias
             bound = (x.double().abs() @ w.abs().T + bias.abs()) * max(torch.finfo(dtype).eps, 512 * 2.0**-24)
@@ -119,10 +122,10 @@ def linear_equals_float64(device: torch.device) -> str:
 
 
 def gradient_equals_float64(device: torch.device) -> str:
-    packed, scales = ops.quantize_nf4(random(96, 256, device=device), 64)
-    x = random(5, 256, device=device, seed=4).requires_grad_()
-    bias = random(96, device=device, seed=5).requires_grad_()
-    dy = random(5, 96, device=device, seed=6)
+    packed, scales = ops.quantize_nf4(gaussian(96, 256, device=device), 64)
+    x = gaussian(5, 256, device=device, seed=4).requires_grad_()
+    bias = gaussian(96, device=device, seed=5).requires_grad_()
+    dy = gaussian(5, 96, device=device, seed=6)
     ops.linear_nf4(x, packed, scales, bias, 64).backward(dy)  # type: ignore[no-untyped-call]
     expected = (dy.double() @ ops.dequantize_nf4(packed, scales, 64).double()).float()
     expect(x.grad is not None and torch.allclose(x.grad, expected, rtol=1e-4, atol=1e-3), "the gradient to x is wrong")
@@ -131,7 +134,7 @@ def gradient_equals_float64(device: torch.device) -> str:
 
 
 def threads_change_nothing(device: torch.device) -> str:
-    w, x = random(257, 1024, device=device), random(3, 1024, device=device, seed=7)
+    w, x = gaussian(257, 1024, device=device), gaussian(3, 1024, device=device, seed=7)
     results = []
     for threads in (1, max(2, torch.get_num_threads())):
         with number_of_threads(threads):
@@ -145,6 +148,7 @@ def threads_change_nothing(device: torch.device) -> str:
 
 @contextmanager
 def number_of_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -154,9 +158,9 @@ def number_of_threads(threads: int) -> Iterator[None]:
 
 
 def device_equals_cpu(device: torch.device) -> str:
-    """Byte for byte, on weights of all magnitudes."""
+    """Encode and decode weights of all magnitudes there and on the CPU: equal byte for byte."""
     magnitudes = torch.logspace(-38, 38, 500)[:, None]
-    w = (random(500, 960, device=torch.device("cpu"), seed=8).clamp(-3, 3) * magnitudes).clamp(-3e38, 3e38)
+    w = (gaussian(500, 960, device=torch.device("cpu"), seed=8).clamp(-3, 3) * magnitudes).clamp(-3e38, 3e38)
     for group_size in (2, 32, 64, 96):
         packed, scales = ops.quantize_nf4(w, group_size)
         there_packed, there_scales = ops.quantize_nf4(w.to(device), group_size)

@@ -1,4 +1,4 @@
-"""What ``squish-nf4 export`` does: find the model, quantize it, write it as TorchScript. Returns a report."""
+"""A model by name: out of a Hugging Face directory or a function, with example inputs; and exported as TorchScript."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from squish_nf4.integrations.offline import offline_and_quiet
 from squish_nf4.model import QuantizeReport, quantize_model
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.torchscript.export import TorchScriptReport, export_torchscript
-from squish_nf4.torchscript.refusals import refuse_target
-from squish_nf4.torchscript.script_or_trace import place_of
-from squish_nf4.torchscript.trial import TorchScriptError
+from squish_nf4.torchscript.refusals import TorchScriptError, place_of, refuse_target
 
 Step = Callable[[str], AbstractContextManager[None]]
 FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
@@ -29,7 +27,14 @@ FUNCTION = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
 
 @dataclass(frozen=True)
 class ExportReport:
-    """quantized: None if the model came with NF4 layers. signature: how the file is called, if we know."""
+    """What export_source did.
+
+    Attributes:
+        source: the name of the model.
+        quantized: what became NF4; None if the model came with NF4 layers.
+        written: the TorchScript file.
+        signature: how the file is called; None for a function's model.
+    """
 
     source: str
     quantized: QuantizeReport | None
@@ -51,7 +56,7 @@ class LastHiddenState(nn.Module):
         return result
 
 
-def run(
+def export_source(
     source: str,
     target: Path,
     *,
@@ -61,21 +66,26 @@ def run(
     overwrite: bool = False,
     step: Step = lambda text: nullcontext(),
 ) -> ExportReport:
-    """Everything. ``source``: a Hugging Face model's directory, or "package.module:function".
+    """Load a model by name, quantize it unless it has NF4 layers, and write it as TorchScript.
+
+    Args:
+        source: a Hugging Face model's directory, or "package.module:function"; the function returns a model, or a model
+            and example inputs.
+        target: the file to write.
+        group_size, skip, only: as for quantize_model.
+        overwrite: whether a file at ``target`` may be replaced.
+        step: step("what") is entered for as long as that takes, for a progress display.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
-        FileExistsError: ``target`` exists, and ``overwrite`` is not given.
         ValueError: ``source`` is neither, there is no such function, it or the model fails, or quantizing options are
             given for a model that has NF4 layers already.
         TypeError: the function returns something else than a module, or a module and example inputs.
         What quantize_model and export_torchscript raise.
     """
-    if target.is_file() and not overwrite:
-        raise FileExistsError(f"{target} exists; --overwrite replaces it")
     refuse_target(target, overwrite)
     with step(f"Loading {source}"):
-        model, example = load(source)
+        model, example = load_source(source)
     quantized = None
     if not any(isinstance(layer, NF4Linear) for layer in model.modules()):
         with step("Quantizing its linear layers to NF4"):
@@ -96,18 +106,21 @@ def run(
     return ExportReport(source, quantized, written, LastHiddenState.SIGNATURE if is_transformer else None)
 
 
-def load(source: str) -> tuple[nn.Module, Any]:
-    """The model and its example inputs (None: none)."""
+def load_source(source: str) -> tuple[nn.Module, Any]:
+    """The model of this name, and its example inputs; None if it has none."""
     if Path(source).is_dir():
         return load_transformer(Path(source))
     function = FUNCTION.fullmatch(source)
     if function is None:
         raise ValueError(f"{source} is neither a directory nor package.module:function")
-    return call_function(function["module"], function["function"])
+    return load_from_function(function["module"], function["function"])
 
 
 def load_transformer(folder: Path) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """On the CPU, in the dtype of its checkpoint. Nothing is fetched, and no code of the directory is run."""
+    """A transformers model and example inputs (ids, mask), each (2, 7) int64.
+
+    On the CPU, in the dtype of its checkpoint. Nothing is fetched, and no code of the directory is run.
+    """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not the directory of a Hugging Face model")
     with offline_and_quiet():
@@ -127,8 +140,11 @@ def load_transformer(folder: Path) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model.eval(), (ids, mask)
 
 
-def call_function(module: str, name: str) -> tuple[nn.Module, Any]:
-    """``module`` is found as ``python -m`` finds it, in the working directory too."""
+def load_from_function(module: str, name: str) -> tuple[nn.Module, Any]:
+    """The model that a function returns, and its example inputs; None if it returns none.
+
+    ``module`` is found as ``python -m`` finds it, in the working directory too.
+    """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -154,12 +170,13 @@ def call_function(module: str, name: str) -> tuple[nn.Module, Any]:
 
 
 def what_was_raised(error: Exception) -> str:
-    """By code that is not ours, and on which line."""
+    """What code that is not ours raised, and on which line."""
     place = "" if isinstance(error, SyntaxError) else f" ({place_of(error)})"  # which says itself where it is
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 def kind_of(value: Any) -> str:
+    """The type of what a function returned, as an error names it."""
     if isinstance(value, tuple):
         return f"({', '.join(type(item).__name__ for item in value)})"
     return type(value).__name__

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def offline_and_quiet() -> Iterator[None]:
-    """What these libraries read when they are imported; and their warnings are not about what the user asked for."""
+    """Set what these libraries read when they are imported, and drop their warnings, for which nobody asked."""
     wanted = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

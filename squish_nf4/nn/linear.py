@@ -1,16 +1,15 @@
-"""NF4Linear: nn.Linear on packed bytes."""
+"""NF4Linear: nn.Linear on packed bytes. How the bytes are moved, cast and loaded is in packed.py."""
 
 # No "from __future__ import annotations" here: TorchScript reads the annotation of `scales` as a type, not as a string.
 from collections.abc import Callable
-from math import lcm, sqrt
-from typing import Any
+from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
 from squish_nf4.layout import bits_per_weight, effective_group_size, padded_columns
-from squish_nf4.nn.packed import PackedWeight, quantize_padded
-from squish_nf4.ops import COMPUTE_DTYPES, may_look
+from squish_nf4.nn.packed import PackedModule, PackedWeight, quantize_padded
+from squish_nf4.ops import COMPUTE_DTYPES
 
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # TorchScript chokes on it below
 
@@ -19,14 +18,14 @@ is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defin
 def _linear_of_width(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, in_features: int, group_size: int
 ) -> Tensor:
-    """The operator takes a narrower x for one whose padding was left out; only the layer knows its width."""
+    """The product for an x of the layer's width: to the operator a narrower one is one whose padding was left out."""
     if not is_tracing() and x.size(-1) != in_features:
         raise ValueError(f"NF4Linear: x has {x.size(-1)} columns, but in_features is {in_features}")
     result: Tensor = torch.ops.squish.linear_nf4(x, weight, scales, bias, group_size)
     return result
 
 
-class NF4Linear(nn.Linear):
+class NF4Linear(PackedModule, nn.Linear):
     """``y = x W^T + b`` with W stored at 4 bits per weight and a float32 scale per group; computes on the packed bytes.
 
     A drop-in for nn.Linear in a forward pass: any leading dimensions, float32, bfloat16 or float16 activations, any
@@ -55,9 +54,8 @@ class NF4Linear(nn.Linear):
 
     __constants__ = ["group_size", "in_features", "out_features"]  # noqa: RUF012  (nn.Linear's is a list)
     __jit_unused_properties__ = ("bits_per_weight",)
-    __jit_ignored_attributes__ = ("dense_dtype",)
 
-    scales: Tensor
+    scales: Tensor  # TorchScript reads the annotations of this class alone
 
     def __init__(
         self,
@@ -171,113 +169,5 @@ class NF4Linear(nn.Linear):
             f"bytes={self.weight.nbytes + self.scales.nbytes}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
-        """Moves the bytes and casts the bias alone: the scales go through ``fn`` as bytes, which no cast touches."""
-
-        def keep_bytes(tensor: Tensor) -> Tensor:
-            if tensor is not self.scales and tensor.dtype != torch.uint8:
-                return fn(tensor)  # the bias and its gradient
-            moved = fn(tensor.contiguous().view(torch.uint8))
-            if moved.dtype != torch.uint8:
-                raise TypeError(
-                    f"NF4Linear: packed bytes cannot be cast to {moved.dtype}; use .to(dtype), not .type(dtype)"
-                )
-            return moved.view(tensor.dtype)
-
-        super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
-        self._keep_packed_weight()
-        self.dense_dtype = self._cast_by(fn)
-        return self
-
-    def _cast_by(self, fn: Callable[[Tensor], Tensor]) -> torch.dtype:
-        """The dtype that ``fn`` gives a dense weight; float64 and others, which the operator refuses, are ignored."""
-        dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=self.weight.device)).dtype
-        return dtype if dtype in COMPUTE_DTYPES else self.dense_dtype
-
-    def _keep_packed_weight(self) -> None:
-        """torch makes a plain Parameter of ours when it moves or assigns one."""
-        weight = self._parameters["weight"]
-        if weight is not None and not isinstance(weight, PackedWeight):
-            self._parameters["weight"] = PackedWeight(weight.data, False)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loads packed and scales together, or a dense weight by quantizing it; what does not fit is not copied."""
-        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        state_dtype = self._dense_dtype_of(own, prefix)
-        try:
-            self._prepare_state(own, prefix)
-        except (ValueError, TypeError) as error:
-            error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        self._keep_packed_weight()
-        if local_metadata.get("assign_to_params_buffers", False):
-            self.dense_dtype = state_dtype
-
-    def _dense_dtype_of(self, own: dict[str, Any], prefix: str) -> torch.dtype:
-        """The dtype of a state's dense weight, else of its bias; ours if it has neither."""
-        for part in ("weight", "bias"):
-            tensor = own.get(prefix + part)
-            if tensor is not None and tensor.dtype in COMPUTE_DTYPES:
-                return tensor.dtype  # type: ignore[no-any-return]
-        return self.dense_dtype
-
-    def _prepare_state(self, own: dict[str, Any], prefix: str) -> None:
-        """Check this layer's entries and replace a dense weight by its packed form. Raises on anything that misfits."""
-        name = f"NF4Linear '{prefix.removesuffix('.')}'" if prefix else "NF4Linear"
-        weight, scales, bias = (own.get(prefix + part) for part in ("weight", "scales", "bias"))
-        if bias is not None and self.bias is not None and bias.shape != self.bias.shape:
-            raise ValueError(f"{name}: bias has shape {tuple(bias.shape)}, {tuple(self.bias.shape)} is wanted")
-        if weight is None and scales is None:
-            return
-        if weight is not None and weight.is_floating_point():
-            if scales is not None:
-                raise ValueError(f"{name}: the state holds scales beside a dense {weight.dtype} weight")
-            if weight.shape != (self.out_features, self.in_features):
-                wanted = (self.out_features, self.in_features)
-                raise ValueError(f"{name}: dense weight has shape {tuple(weight.shape)}, {wanted} is wanted")
-            own[prefix + "weight"], own[prefix + "scales"] = quantize_padded(f"{name}: weight", weight, self.group_size)
-            return
-        if weight is None or scales is None:
-            found, lost = ("weight", "scales") if scales is None else ("scales", "weight")
-            raise ValueError(f"{name}: the state holds {found} but no {lost}; packed bytes and scales belong together")
-        self._check_packed_state(name, weight, scales)
-
-    def _require_zero_padding(self, name: str, weight: Tensor, scales: Tensor) -> None:
-        """Weights where this layer has padding are a wider layer's: loading them would lose its last columns."""
-        columns = 2 * weight.size(1)
-        if self.in_features == columns or not may_look(weight) or weight.numel() == 0:
-            return
-        block = lcm(2, self.group_size)  # the padding lies in the last one
-        last = weight[:, -block // 2 :], scales[:, -block // self.group_size :]
-        decoded = torch.ops.squish.dequantize_nf4(*last, self.group_size)
-        if bool(decoded[:, self.in_features - columns :].any()):
-            raise ValueError(
-                f"{name}: the state holds weights beyond column {self.in_features}, where this layer's padding is; "
-                f"it was saved from a layer with more in_features"
-            )
-
-    def _check_packed_state(self, name: str, weight: Tensor, scales: Tensor) -> None:
-        if weight.dtype != torch.uint8 or scales.dtype != torch.float32:
-            raise TypeError(
-                f"{name}: packed weight must be uint8 and scales float32, got {weight.dtype} and {scales.dtype}"
-            )
-        if weight.shape == self.weight.shape and scales.shape == self.scales.shape:
-            self._require_zero_padding(name, weight, scales)
-            return
-        message = (
-            f"{name}: packed weight {tuple(weight.shape)} and scales {tuple(scales.shape)} do not fit; "
-            f"{tuple(self.weight.shape)} and {tuple(self.scales.shape)} are wanted at group_size={self.group_size}"
-        )
-        if weight.dim() == scales.dim() == 2 and scales.size(1) > 0 and 2 * weight.size(1) % scales.size(1) == 0:
-            message += f" (the state has group_size={2 * weight.size(1) // scales.size(1)})"
-        raise ValueError(message)
+    def _dense_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features

@@ -1,7 +1,12 @@
-"""The packed bytes of a weight: made from a dense one of any width, and held as a Parameter that is never trained."""
+"""What any module on packed NF4 bytes knows of them: how they are made, held, moved, cast and loaded.
+
+What such a module computes with them is in its own file (linear.py).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import lcm, prod
 from typing import Any, NoReturn
 
 import torch
@@ -9,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squish_nf4.layout import padded_columns
-from squish_nf4.ops import refuse_non_finite
+from squish_nf4.ops import COMPUTE_DTYPES, may_look, refuse_non_finite
 
 
 def _refuse_value(method: str) -> Any:
@@ -34,7 +39,7 @@ class PackedWeight(nn.Parameter):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As a PackedWeight: torch would make a plain Parameter of it, and tied layers would each replace that one."""
+        """Pickle a PackedWeight: torch's own way makes a plain Parameter, which tied layers would each replace."""
         return PackedWeight, (self.data, False)
 
     zero_ = _refuse_value("zero_")
@@ -44,9 +49,16 @@ class PackedWeight(nn.Parameter):
 
 
 def quantize_padded(what: str, weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Packed and scales of a dense (n, d) weight, padded with zero columns to whole bytes and groups.
+    """Encode a dense (n, d) weight, padded with zero columns to whole bytes and groups; ``what`` names it in an error.
 
-    Made outside inference mode: a layer of inference tensors could not be trained through.
+    Outside inference mode: a layer of inference tensors could not be trained through.
+
+    Returns:
+        packed: (n, c/2) uint8. c: d, padded.
+        scales: (n, c/group_size) float32.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity.
     """
     with torch.inference_mode(False), torch.no_grad():
         w = weight.detach()
@@ -55,3 +67,150 @@ def quantize_padded(what: str, weight: Tensor, group_size: int) -> tuple[Tensor,
         packed, scales = torch.ops.squish.quantize_nf4(w, group_size)
         refuse_non_finite(what, w, scales)
     return packed, scales
+
+
+class PackedModule(nn.Module):
+    """A module whose weight is packed bytes: what holds for it whatever it computes.
+
+    The bytes move with the module, and no cast touches them. A state is checked before any of it is copied, and its
+    weight may be packed or dense (it is quantized then).
+
+    A subclass names this class first among its bases, so that what stands here runs before what torch's module does;
+    it sets the attributes, and says its dense shape.
+
+    Attributes:
+        weight: PackedWeight (n, c/2) uint8. c: the columns, padded to whole bytes and groups.
+        scales: buffer (n, c/group_size) float32, whatever the module is cast to.
+        group_size: neighbouring columns that share a scale.
+        dense_dtype: of the dense weight that this one stands for; follows .to(dtype) and .half().
+    """
+
+    __jit_ignored_attributes__ = ("dense_dtype",)
+
+    weight: Tensor
+    scales: Tensor
+    group_size: int
+    dense_dtype: torch.dtype
+
+    def _dense_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight, without padding; all but the first dimension are the columns of a row."""
+        raise NotImplementedError
+
+    # --- moves and casts ---------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the bytes and cast the rest: the scales go through ``fn`` as bytes, which no cast touches."""
+
+        def keep_bytes(tensor: Tensor) -> Tensor:
+            if tensor is not self.scales and tensor.dtype != torch.uint8:
+                return fn(tensor)  # a bias and its gradient
+            moved = fn(tensor.contiguous().view(torch.uint8))
+            if moved.dtype != torch.uint8:
+                raise TypeError(
+                    f"{type(self).__name__}: packed bytes cannot be cast to {moved.dtype}; "
+                    "use .to(dtype), not .type(dtype)"
+                )
+            return moved.view(tensor.dtype)
+
+        super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
+        self._keep_packed_weight()
+        self.dense_dtype = self._dense_dtype_after(fn)
+        return self
+
+    def _dense_dtype_after(self, fn: Callable[[Tensor], Tensor]) -> torch.dtype:
+        """The dtype that ``fn`` gives a dense weight; float64 and others, which the operator refuses, are ignored."""
+        dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=self.weight.device)).dtype
+        return dtype if dtype in COMPUTE_DTYPES else self.dense_dtype
+
+    def _keep_packed_weight(self) -> None:
+        """Replace the plain Parameter that torch makes of ours when it moves or assigns one."""
+        weight = self._parameters["weight"]
+        if weight is not None and not isinstance(weight, PackedWeight):
+            self._parameters["weight"] = PackedWeight(weight.data, False)
+
+    # --- loading a state ---------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load packed and scales together, or a dense weight by quantizing it; what does not fit is not copied."""
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        dense_dtype = self._dense_dtype_of_state(own, prefix)
+        try:
+            self._check_and_pack_state(own, prefix)
+        except (ValueError, TypeError) as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._keep_packed_weight()
+        if local_metadata.get("assign_to_params_buffers", False):
+            self.dense_dtype = dense_dtype
+
+    def _dense_dtype_of_state(self, own: dict[str, Any], prefix: str) -> torch.dtype:
+        """The dtype of a state's dense weight, else of its bias; this module's if it has neither."""
+        for part in ("weight", "bias"):
+            tensor = own.get(prefix + part)
+            if tensor is not None and tensor.dtype in COMPUTE_DTYPES:
+                return tensor.dtype  # type: ignore[no-any-return]
+        return self.dense_dtype
+
+    def _check_and_pack_state(self, own: dict[str, Any], prefix: str) -> None:
+        """Check this module's entries, raising on what misfits, and replace a dense weight by its packed form."""
+        kind = type(self).__name__
+        name = f"{kind} '{prefix.removesuffix('.')}'" if prefix else kind
+        weight, scales, bias = (own.get(prefix + part) for part in ("weight", "scales", "bias"))
+        own_bias = self._parameters.get("bias")
+        if bias is not None and own_bias is not None and bias.shape != own_bias.shape:
+            raise ValueError(f"{name}: bias has shape {tuple(bias.shape)}, {tuple(own_bias.shape)} is wanted")
+        if weight is None and scales is None:
+            return
+        if weight is not None and weight.is_floating_point():
+            if scales is not None:
+                raise ValueError(f"{name}: the state holds scales beside a dense {weight.dtype} weight")
+            wanted = self._dense_shape()
+            if weight.shape != wanted:
+                raise ValueError(f"{name}: dense weight has shape {tuple(weight.shape)}, {wanted} is wanted")
+            packed = quantize_padded(f"{name}: weight", weight.flatten(1), self.group_size)
+            own[prefix + "weight"], own[prefix + "scales"] = packed
+            return
+        if weight is None or scales is None:
+            found, lost = ("weight", "scales") if scales is None else ("scales", "weight")
+            raise ValueError(f"{name}: the state holds {found} but no {lost}; packed bytes and scales belong together")
+        self._check_packed_state(name, weight, scales)
+
+    def _check_packed_state(self, name: str, weight: Tensor, scales: Tensor) -> None:
+        if weight.dtype != torch.uint8 or scales.dtype != torch.float32:
+            raise TypeError(
+                f"{name}: packed weight must be uint8 and scales float32, got {weight.dtype} and {scales.dtype}"
+            )
+        if weight.shape == self.weight.shape and scales.shape == self.scales.shape:
+            self._require_zero_padding(name, weight, scales)
+            return
+        message = (
+            f"{name}: packed weight {tuple(weight.shape)} and scales {tuple(scales.shape)} do not fit; "
+            f"{tuple(self.weight.shape)} and {tuple(self.scales.shape)} are wanted at group_size={self.group_size}"
+        )
+        if weight.dim() == scales.dim() == 2 and scales.size(1) > 0 and 2 * weight.size(1) % scales.size(1) == 0:
+            message += f" (the state has group_size={2 * weight.size(1) // scales.size(1)})"
+        raise ValueError(message)
+
+    def _require_zero_padding(self, name: str, weight: Tensor, scales: Tensor) -> None:
+        """Refuse weights where this module has padding: they are a wider one's, whose last columns would be lost."""
+        stored, columns = 2 * weight.size(1), prod(self._dense_shape()[1:])
+        if columns == stored or not may_look(weight) or weight.numel() == 0:
+            return
+        block = lcm(2, self.group_size)  # the padding lies in the last one
+        last = weight[:, -block // 2 :], scales[:, -block // self.group_size :]
+        decoded = torch.ops.squish.dequantize_nf4(*last, self.group_size)
+        if bool(decoded[:, columns - stored :].any()):
+            raise ValueError(
+                f"{name}: the state holds weights beyond column {columns}, where this layer's padding is; "
+                "it was saved from a wider one"
+            )

@@ -9,7 +9,7 @@ from squish_nf4.ops import refuse_non_finite
 
 
 class NF4Packer(nn.Module):
-    """Packs weight matrices; holds no parameters and takes no part in autograd.
+    """A module that packs weight matrices; it holds no parameters and takes no part in autograd.
 
     Args:
         group_size: neighbouring columns that share a scale.

@@ -1,4 +1,4 @@
-"""A model's call with example inputs: made from what a user gives, copied for every run, and at other sizes."""
+"""The call of a model: made from a user's example inputs, copied for every run, and at other sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ PLAIN = (Tensor, bool, int, float, complex, str, type(None), torch.dtype, torch.
 
 
 def as_call(example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Call:
-    """
+    """The positional and keyword arguments that a user's example inputs stand for, copied.
+
     Raises:
         TypeError: they are something else, or hold something that is no input of TorchScript.
     """
@@ -41,20 +42,21 @@ def as_call(example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Call:
 
 
 def type_name(value: Any) -> str:
+    """A value's type, as an error names it."""
     kind = type(value)
     if isinstance(value, Mapping):
         return f"a {kind.__name__} whose keys are no names"
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def with_tensors(value: Any, change: Callable[[Tensor], Tensor], *, named: bool = True) -> Any:
-    """Nested tuples, lists and mappings with every tensor changed; if not ``named``, NamedTuples become tuples."""
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor], *, named: bool = True) -> Any:
+    """Change every tensor in nested tuples, lists and mappings; if not ``named``, NamedTuples become tuples."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: with_tensors(item, change, named=named) for key, item in value.items()}
+        return {key: map_tensors(item, change, named=named) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        items = [with_tensors(item, change, named=named) for item in value]
+        items = [map_tensors(item, change, named=named) for item in value]
         if isinstance(value, list):
             return items
         return type(value)(*items) if named and hasattr(value, "_fields") else tuple(items)
@@ -62,32 +64,33 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor], *, named: bool 
 
 
 def has_named_tuples(value: Any) -> bool:
-    """Anywhere in nested tuples and lists."""
+    """Whether there is a NamedTuple anywhere in nested tuples and lists."""
     return isinstance(value, tuple | list) and (hasattr(value, "_fields") or any(map(has_named_tuples, value)))
 
 
 def copied(call: Call) -> Call:
-    """A model may write into its inputs: every run gets its own."""
-    copy: Call = with_tensors(call, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
+    """A copy of a call, for one run: a model may write into its inputs."""
+    copy: Call = map_tensors(call, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
     return copy
 
 
 def run(module: Any, call: Call) -> Any:
+    """What the module returns for a copy of the call."""
     args, kwargs = copied(call)
     return module(*args, **kwargs)
 
 
 def resized_calls(model: nn.Module, example: Call) -> dict[int, tuple[Call, Leaves]]:
-    """The example with dimension 0, and with dimension 1, of another size, and eager's results, where eager takes it.
+    """{dimension: the example with another size of it, and eager's results}, for 0 and 1, where eager takes it.
 
-    A trace that has a size written into it passes the test at that size only.
+    For a trace: one that has a size written into it is right at that size only.
     """
     calls: dict[int, tuple[Call, Leaves]] = {}
     for dimension in (0, 1):
         sizes = [t.size(dimension) for _, t in leaves(example) if isinstance(t, Tensor) and t.dim() > dimension]
         if not sizes or sizes[0] == 0:
             continue
-        call = with_tensors(example, partial(resize, dimension=dimension, size=sizes[0]))
+        call = map_tensors(example, partial(resize, dimension=dimension, size=sizes[0]))
         try:
             calls[dimension] = call, results(run(model, call))
         except Exception:  # the model has this size in it: so may the trace
@@ -96,8 +99,10 @@ def resized_calls(model: nn.Module, example: Call) -> dict[int, tuple[Call, Leav
 
 
 def resize(t: Tensor, dimension: int, size: int) -> Tensor:
-    """One more along the dimension if it is of this size. On a GPU a longer sequence may be an index out of range,
-    after which the process could not use it any more: there one less."""
+    """Make a tensor one longer along the dimension, if it is of this size there.
+
+    On a GPU one shorter: a longer sequence may be an index out of range, which the process would not survive.
+    """
     if t.dim() <= dimension or t.size(dimension) != size:
         return t
     if dimension > 0 and t.device.type != "cpu":

@@ -1,7 +1,7 @@
 """export_torchscript: a model as one TorchScript file, tried in a fresh process before it gets its name.
 
-How it is made stands in script_or_trace.py, what the fresh process does in fresh_run.py, when two results are equal in
-comparison.py. See docs/torchscript.md.
+How it is made stands in script_or_trace.py, what the fresh process does in trial_program.py, when two results are equal
+in comparison.py. See docs/torchscript.md.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.torchscript.calls import Call, as_call, copied, resized_calls, run
-from squish_nf4.torchscript.comparison import Agreement, compare
+from squish_nf4.torchscript.comparison import Comparison, compare
 from squish_nf4.torchscript.model_state import ModelState, state_kept
-from squish_nf4.torchscript.refusals import refuse_target, refuse_unready
+from squish_nf4.torchscript.refusals import TorchScriptError, refuse_target, refuse_unready
 from squish_nf4.torchscript.script_or_trace import scripted_or_traced, torchs_warning_off
-from squish_nf4.torchscript.trial import FreshRun, TorchScriptError, run_fresh
+from squish_nf4.torchscript.trial import Trial, try_in_fresh_process
 from squish_nf4.torchscript.trial_program import Leaves, results
 
 DEPRECATION = (
     "TorchScript is deprecated: PyTorch still writes and runs it, and recommends torch.export for new programs "
     "(docs/torchscript.md)"
 )
-CALLS = 2  # of the example: TorchScript optimizes after the first
+CALLS = 2  # how often the example is called: TorchScript optimizes after the first
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TorchScriptReport:
 
     Attributes:
         path: the file.
-        bytes: the size of the file.
+        bytes: size of the file.
         route: how it was made.
         why_traced: what scripting the model failed with, if it was traced.
         nf4_layers: how many NF4Linear the model has, scripted ones too.
@@ -48,7 +48,7 @@ class TorchScriptReport:
         same_bits: whether the fresh process returned what eager did, bit for bit, at the sizes of the example and at
             other ones of free_dimensions; None if it was not run.
         max_difference: the largest absolute difference from eager in the same calls; None if it was not run.
-        free_dimensions: of the inputs; a trace was found right, up to rounding, at another size of these, too.
+        free_dimensions: dimensions of the inputs; a trace was found right, up to rounding, at another size of these.
         notes: what to look out for, a sentence each.
     """
 
@@ -65,7 +65,7 @@ class TorchScriptReport:
 
     @property
     def verification(self) -> str:
-        """How the file was tried, in one sentence."""
+        """How the file was tried and what came out, in one sentence."""
         if self.same_bits is None:
             return "loaded in a fresh process with only the op library, not run: there were no example inputs"
         found = "the same bits as eager" if self.same_bits else f"at most {self.max_difference:.3g} from eager"
@@ -127,7 +127,7 @@ def export_torchscript(
     example = None if example_inputs is None else as_call(example_inputs)
     with torchs_warning_off(), state_kept(model) as state:
         expected = [] if example is None else [results(run(model, example)) for _ in range(CALLS)]
-        written, assigned = changes_by_calls(state)
+        written, assigned = undone_changes(state)
         module, why_traced, notes = scripted_or_traced(model, example, state)
         resized = {}
         if example is not None and why_traced:
@@ -137,37 +137,37 @@ def export_torchscript(
             state.restore()
         calls = [] if example is None else [example] * CALLS + [call for call, _ in resized.values()]
         with written_beside(Path(os.path.realpath(target)), module) as file:
-            fresh = run_fresh(file, [copied(call) for call in calls])  # a call may write into its inputs
-            agreement = agreement_of_calls(fresh, expected)
-            if agreement.misfit is not None:
+            trial = try_in_fresh_process(file, [copied(call) for call in calls])  # a call may write into its inputs
+            comparison = compare_calls(trial, expected)
+            if comparison.misfit is not None:
                 why = why_wrong(model, calls[0], state, expected[0], assigned if why_traced else ())
                 raise TorchScriptError(
-                    f"export_torchscript: in a fresh process the exported model is wrong{agreement.misfit}{why}; "
+                    f"export_torchscript: in a fresh process the exported model is wrong{comparison.misfit}{why}; "
                     "nothing was written"
                 )
-    other_sizes = agreement_of_sizes(fresh, resized)
+    other_sizes = compare_other_sizes(trial, resized)
     free = tuple(dimension for dimension, other in other_sizes.items() if other.misfit is None)
     bound = list(notes_on_bound_sizes(other_sizes))
     for note in bound:
         warnings.warn(f"export_torchscript: {note}", stacklevel=2)
     notes = [
         *bound,
-        *notes_on_rounded_sizes(agreement, other_sizes),
+        *notes_on_rounded_sizes(comparison, other_sizes),
         *notes_on_state(written, assigned, traced=why_traced is not None),
         *notes,
-        *notes_on_results(fresh, expected),
+        *notes_on_results(trial, expected),
     ]
     for dimension in free:
-        agreement &= other_sizes[dimension]
+        comparison &= other_sizes[dimension]
     return TorchScriptReport(
         path=target,
         bytes=target.stat().st_size,
         route="traced" if why_traced else "scripted",
         why_traced=why_traced,
         nf4_layers=sum(map(is_nf4_layer, model.modules())),
-        operators=fresh.operators,
-        same_bits=agreement.same_bits if expected else None,
-        max_difference=agreement.difference if expected else None,
+        operators=trial.operators,
+        same_bits=comparison.same_bits if expected else None,
+        max_difference=comparison.difference if expected else None,
         free_dimensions=free,
         notes=tuple(notes),
     )
@@ -175,7 +175,7 @@ def export_torchscript(
 
 @contextmanager
 def written_beside(target: Path, module: Any) -> Iterator[Path]:
-    """The saved module in a folder of its own, which takes its final name if nothing is raised; else it is gone."""
+    """Save the module in a folder beside ``target``, and move it there at the end; after an error nothing is left."""
     with tempfile.TemporaryDirectory(prefix=".squish_nf4.", dir=target.parent) as folder:
         file = Path(folder, target.name)
         torch.jit.save(module, file)
@@ -191,8 +191,8 @@ def is_nf4_layer(module: nn.Module) -> bool:
     return isinstance(module, NF4Linear)
 
 
-def changes_by_calls(state: ModelState) -> tuple[list[str], list[str]]:
-    """The names of what calls of the model wrote to, and of what they assigned; undoes both."""
+def undone_changes(state: ModelState) -> tuple[list[str], list[str]]:
+    """Undo what calls of the model wrote to and what they assigned; returns the names of both."""
     parameters = state.parameters_written()
     if parameters:
         raise ValueError(
@@ -204,18 +204,18 @@ def changes_by_calls(state: ModelState) -> tuple[list[str], list[str]]:
     return changes
 
 
-def agreement_of_calls(fresh: FreshRun, expected: Sequence[Leaves]) -> Agreement:
-    """At the sizes of the example; a misfit says at which call."""
-    agreement = Agreement()
-    for found, wanted, at in zip(fresh.outputs, expected, ("", " at the second call"), strict=False):
-        agreement &= compare(found, wanted)
-        if agreement.misfit is not None:
-            return replace(agreement, misfit=f"{at}: {agreement.misfit}")
-    return agreement
+def compare_calls(trial: Trial, expected: Sequence[Leaves]) -> Comparison:
+    """Compare the calls of the example with eager's; a misfit says at which call."""
+    comparison = Comparison()
+    for found, wanted, at in zip(trial.outputs, expected, ("", " at the second call"), strict=False):
+        comparison &= compare(found, wanted)
+        if comparison.misfit is not None:
+            return replace(comparison, misfit=f"{at}: {comparison.misfit}")
+    return comparison
 
 
 def why_wrong(model: nn.Module, example: Call, state: ModelState, expected: Leaves, not_traced: Sequence[str]) -> str:
-    """What we know of it, as the end of a sentence."""
+    """What may explain a wrong result, as the end of a sentence."""
     state.restore()
     if not compare(results(run(model, example)), expected).same_bits:
         return "; eager itself gives another result each time, as a model does that draws random numbers"
@@ -226,15 +226,15 @@ def assigned_in_vain(names: Sequence[str]) -> str:
     return f"calls of the model assign {', '.join(names)}; a trace does not, and goes on with what was there"
 
 
-def agreement_of_sizes(fresh: FreshRun, resized: Mapping[int, tuple[Call, Leaves]]) -> dict[int, Agreement]:
-    """By the dimension of the inputs that has another size than in the example."""
+def compare_other_sizes(trial: Trial, resized: Mapping[int, tuple[Call, Leaves]]) -> dict[int, Comparison]:
+    """{dimension of the inputs: how results compare at another size of it}."""
     return {
         dimension: compare(found, expected)
-        for (dimension, (_, expected)), found in zip(resized.items(), fresh.outputs[CALLS:], strict=True)
+        for (dimension, (_, expected)), found in zip(resized.items(), trial.outputs[CALLS:], strict=True)
     }
 
 
-def notes_on_bound_sizes(other_sizes: Mapping[int, Agreement]) -> Iterator[str]:
+def notes_on_bound_sizes(other_sizes: Mapping[int, Comparison]) -> Iterator[str]:
     for dimension, other in other_sizes.items():
         if other.misfit is not None:
             yield (
@@ -243,9 +243,9 @@ def notes_on_bound_sizes(other_sizes: Mapping[int, Agreement]) -> Iterator[str]:
             )
 
 
-def notes_on_rounded_sizes(agreement: Agreement, other_sizes: Mapping[int, Agreement]) -> Iterator[str]:
+def notes_on_rounded_sizes(comparison: Comparison, other_sizes: Mapping[int, Comparison]) -> Iterator[str]:
     for dimension, other in other_sizes.items():
-        if agreement.same_bits and other.misfit is None and not other.same_bits:
+        if comparison.same_bits and other.misfit is None and not other.same_bits:
             yield (
                 f"the bits are eager's at the sizes of the example, but not at another size of dimension {dimension} "
                 f"of the inputs (at most {other.difference:.3g} from eager): the trace rounds in another way there, or "
@@ -262,8 +262,8 @@ def notes_on_state(written: Sequence[str], assigned: Sequence[str], *, traced: b
         yield f"calls of the model change {names}; the file holds what was there before the export"
 
 
-def notes_on_results(fresh: FreshRun, expected: Sequence[Leaves]) -> Iterator[str]:
-    if not fresh.operators:
+def notes_on_results(trial: Trial, expected: Sequence[Leaves]) -> Iterator[str]:
+    if not trial.operators:
         yield "it calls no operator of squish_nf4: an ordinary TorchScript file"
     if any(isinstance(t, Tensor) and bool(t.isnan().any()) for _, t in (expected[0] if expected else ())):
         yield "results on the example inputs hold NaN, so that the comparison says little"

@@ -1,4 +1,4 @@
-"""What calls of a model may change in it, kept so that it can be put back."""
+"""What calls of a model may change in it: found by name, and put back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REGISTRIES = ("_buffers", "_parameters", "_modules")  # of a module; no part of 
 
 
 class ModelState:
-    """Attributes of the modules, lists and dicts in them, and the values of all tensors but parameters.
+    """A model's state at one moment: attributes of its modules, lists and dicts in them, and the values of tensors.
 
     Parameters may be large and are not copied: that one was written to is found out, and not undone.
     """
@@ -36,9 +36,11 @@ class ModelState:
         return [f"{name}{key}" for name, found, before in self._containers for key in changed(items_of(found), before)]
 
     def parameters_written(self) -> list[str]:
+        """The parameters that were written to since, by name."""
         return [name for name, parameter, version in self._versions if parameter._version != version]
 
     def restore(self) -> None:
+        """Put everything back but the values of parameters."""
         for _, found, before in self._containers:
             if not changed(items_of(found), before):
                 continue
@@ -55,7 +57,7 @@ class ModelState:
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[ModelState]:
-    """The model is at the end what it is now."""
+    """Keep the model's state, and put it back at the end."""
     state = ModelState(model)
     try:
         yield state
@@ -64,18 +66,19 @@ def state_kept(model: nn.Module) -> Iterator[ModelState]:
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether a tensor still holds the values of its copy ``b``."""
     if a.layout != torch.strided or a.is_quantized:
         return True  # nobody writes into those
     return have_same_bits(a.detach(), b)
 
 
 def items_of(found: Any) -> dict[Any, Any]:
-    """Of a dict or a list, as they are now."""
+    """A copy of a dict, or of a list by index."""
     return dict(found if isinstance(found, dict) else enumerate(found))
 
 
 def changed(now: dict[Any, Any], before: dict[Any, Any]) -> list[Any]:
-    """The keys of what is another object."""
+    """The keys under which there is another object now, a new one, or none any more."""
     return [key for key in {**before, **now} if now.get(key, MISSING) is not before.get(key, MISSING)]
 
 
@@ -96,7 +99,7 @@ def containers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def tensors_of(model: nn.Module, containers: list[tuple[str, Any, dict[Any, Any]]]) -> Iterator[tuple[str, Tensor]]:
-    """All but parameters."""
+    """The model's buffers, and other tensors in its containers that are no parameters, by name."""
     yield from model.named_buffers()  # of ScriptModules too, which hold them elsewhere
     for name, _, items in containers:
         for key, value in items.items():

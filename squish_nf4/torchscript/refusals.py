@@ -1,17 +1,25 @@
-"""What export_torchscript refuses before any work: where it cannot write, and what cannot be written."""
+"""What export_torchscript cannot write and where it cannot write, its error, and torch's errors in one line each."""
 
 from __future__ import annotations
 
 import os
+import re
+import traceback
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+REASON_COMES_LAST = ("The following operation failed", "Tracer cannot infer type")
+
+
+class TorchScriptError(RuntimeError):
+    """TorchScript cannot take the model, or what it made of it does not compute what the model computes."""
+
 
 def refuse_target(path: Path, overwrite: bool) -> None:
-    """Before any work."""
+    """Raise an OSError that says why, if a file cannot be written at ``path``, or is there and may not be replaced."""
     folder = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"export_torchscript: the directory {folder} does not exist")
@@ -24,6 +32,7 @@ def refuse_target(path: Path, overwrite: bool) -> None:
 
 
 def refuse_unready(model: nn.Module) -> None:
+    """Raise TypeError or ValueError if the model cannot be exported as it is; the text says what to do first."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"export_torchscript: model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -50,3 +59,20 @@ def refuse_unready(model: nn.Module) -> None:
             raise ValueError(
                 f"export_torchscript: {name} is a {type(tensor).__name__}; TorchScript saves plain tensors"
             )
+
+
+def in_one_line(error: Exception) -> str:
+    """What torch says of a model, and the line of the model that it is about."""
+    text = re.sub(r" at 0x[0-9a-f]+", "", str(error))
+    lines = [line.strip(" :.") for line in text.splitlines() if line.strip(" :.")] or [type(error).__name__]
+    said = lines[-1 if lines[0].startswith(REASON_COMES_LAST) else 0][:300]
+    places = [(file, line) for file, line in re.findall(r'File "([^"]+)", line (\d+)', text) if Path(file).is_file()]
+    place = f"{Path(places[-1][0]).name}:{places[-1][1]}" if places else place_of(error)
+    return f"{said} ({place})" if place else said
+
+
+def place_of(error: Exception) -> str | None:
+    """The innermost line that is neither torch's nor of the export: what a user may want to look at."""
+    own = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, str(torch.__file__)))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None

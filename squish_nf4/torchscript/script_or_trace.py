@@ -1,9 +1,7 @@
-"""The two ways to TorchScript, and what torch says where it takes neither, in one line each."""
+"""The two ways to TorchScript: a model is scripted where torch can compile it, and traced elsewhere."""
 
 from __future__ import annotations
 
-import re
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,20 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from squish_nf4.torchscript import calls
 from squish_nf4.torchscript.calls import Call, copied, has_named_tuples, run
 from squish_nf4.torchscript.model_state import ModelState
-from squish_nf4.torchscript.trial import TorchScriptError
+from squish_nf4.torchscript.refusals import TorchScriptError, in_one_line
 
 TracerWarning: type[Warning] = torch.jit.TracerWarning  # type: ignore[attr-defined]
 INSTEAD = "use torch.export or AOTInductor instead (docs/compile-and-export.md)"
-REASON_COMES_LAST = ("The following operation failed", "Tracer cannot infer type")
 TORCHS_OWN_WARNING = r"`?torch\.jit\.\w+`? is (deprecated|not supported)"
 
 
 @contextmanager
 def torchs_warning_off() -> Iterator[None]:
-    """torch says at every call that TorchScript is deprecated; we say it in the report."""
+    """Keep torch from saying at every call that TorchScript is deprecated; our report says it once."""
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", TORCHS_OWN_WARNING, category)
@@ -86,20 +82,3 @@ def tracer_warnings() -> Iterator[list[str]]:
             "the trace keeps Python values (sizes, branches taken) that the model reads from tensors, as torch warns: "
             + ", ".join(places)
         )
-
-
-def in_one_line(error: Exception) -> str:
-    """What torch says of a model, and the line of the model that it is about."""
-    text = re.sub(r" at 0x[0-9a-f]+", "", str(error))
-    lines = [line.strip(" :.") for line in text.splitlines() if line.strip(" :.")] or [type(error).__name__]
-    said = lines[-1 if lines[0].startswith(REASON_COMES_LAST) else 0][:300]
-    places = [(file, line) for file, line in re.findall(r'File "([^"]+)", line (\d+)', text) if Path(file).is_file()]
-    place = f"{Path(places[-1][0]).name}:{places[-1][1]}" if places else place_of(error)
-    return f"{said} ({place})" if place else said
-
-
-def place_of(error: Exception) -> str | None:
-    """The innermost line that is neither torch's nor of the export: what a user may want to look at."""
-    own = (__file__, str(calls.__file__), str(Path(torch.__file__).parent))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None

@@ -1,4 +1,4 @@
-"""Runs an exported file in a fresh Python process that never imports squish_nf4."""
+"""An exported file, tried in a fresh Python process that never imports squish_nf4; its program is trial_program.py."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ import torch
 
 from squish_nf4._native import library_path
 from squish_nf4.torchscript import trial_program
-from squish_nf4.torchscript.calls import Call, with_tensors
+from squish_nf4.torchscript.calls import Call, map_tensors
+from squish_nf4.torchscript.refusals import TorchScriptError
 from squish_nf4.torchscript.trial_program import Leaves
 
 
-class TorchScriptError(RuntimeError):
-    """TorchScript cannot take the model, or what it made of it does not compute what the model computes."""
-
-
 @dataclass(frozen=True)
-class FreshRun:
-    """operators: those of squish that the file calls. outputs: per call the leaves of the result, or the error."""
+class Trial:
+    """What a fresh process found in a file.
+
+    Attributes:
+        operators: those of squish that the file calls.
+        outputs: for each call what it returned, flat, or the text of its error.
+    """
 
     operators: tuple[str, ...]
     outputs: list[Leaves | str]
 
 
-def run_fresh(file: Path, calls: Sequence[Call]) -> FreshRun:
-    """Load a TorchScript file where only the op library is loaded, and call it. Settings are those of this process.
+def try_in_fresh_process(file: Path, calls: Sequence[Call]) -> Trial:
+    """Load a TorchScript file where only the op library is loaded, and call it with the settings of this process.
 
-    Calls and results travel in files in the same directory.
+    Calls and results travel in files in the file's directory.
 
     Raises:
         TorchScriptError: the process failed, or could not load the file.
@@ -46,7 +48,7 @@ def run_fresh(file: Path, calls: Sequence[Call]) -> FreshRun:
         "grad": torch.is_grad_enabled(),
         "dtype": torch.get_default_dtype(),
     }
-    plain_calls = [with_tensors(call, lambda t: t, named=False) for call in calls]  # as its classes are unknown there
+    plain_calls = [map_tensors(call, lambda t: t, named=False) for call in calls]  # as its classes are unknown there
     program = Path(trial_program.__file__).read_text()
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the same torch
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
@@ -67,4 +69,4 @@ def run_fresh(file: Path, calls: Sequence[Call]) -> FreshRun:
             raise TorchScriptError(
                 f"export_torchscript: a result of the exported model cannot be compared: {str(error).splitlines()[0]}"
             ) from None
-    return FreshRun(tuple(found["operators"]), found["outputs"])
+    return Trial(tuple(found["operators"]), found["outputs"])

@@ -1,6 +1,7 @@
 """The program of the fresh process in which an exported file is tried: torch and the op library, nothing of squish_nf4.
 
-Started by fresh_process.py as ``python -c``; a C++ program does the same four things.
+trial.py reads this file as text and starts it as ``python -c``, so it imports nothing of the package. A C++ program
+does the same four things: it loads the op library, loads the file, calls it, and looks at the results.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Leaves = list[tuple[str, Any]]  # of a nested result: place and value
+Leaves = list[tuple[str, Any]]  # what a nested result holds: place and value
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors and plain values of nested tuples, lists and mappings, each with its place: ("['logits'][0]", t)."""
+    """The tensors and plain values of nested tuples, lists and mappings, each with its place: ("['logits'][0]", t).
+
+    The exporting process flattens eager's results with it, and this program the file's: results are compared place by
+    place, so both sides have to name the places alike. It stands here because this program cannot import it.
+    """
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from leaves(item, f"{path}[{key!r}]")
@@ -29,17 +34,18 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def kept(value: Any) -> Any:
-    """A result as it is now: it may be the model's own tensor, which the next call writes to."""
+def copy_of(value: Any) -> Any:
+    """A copy of one result on the CPU: it may be the model's own tensor, which the next call writes to."""
     return value.detach().cpu().resolve_conj().resolve_neg().clone() if isinstance(value, Tensor) else value
 
 
 def results(value: Any) -> Leaves:
-    return [(place, kept(leaf)) for place, leaf in leaves(value)]
+    """Copies of what a call returned, flat."""
+    return [(place, copy_of(leaf)) for place, leaf in leaves(value)]
 
 
 def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaves | str:
-    """The leaves of the result, or the last line of the error."""
+    """What a call of the module returns, flat, or the last line of its error."""
     try:
         return results(module(*args, **kwargs))
     except Exception as error:
@@ -47,7 +53,10 @@ def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaves |
 
 
 def operators(file: str) -> list[str]:
-    """Those of squish that a TorchScript file calls, in any method. (torch.jit.export_opnames takes no with-blocks.)"""
+    """The operators of squish that a TorchScript file calls in any of its methods, sorted.
+
+    Read from its code: torch.jit.export_opnames fails on with-blocks.
+    """
     with zipfile.ZipFile(file) as archive:
         code = [archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")]
     return sorted({f"squish::{name}" for text in code for name in re.findall(r"\bops\.squish\.(\w+)", text)})

@@ -34,13 +34,15 @@ convert(small, folder / "small")
 before, peaks = anonymous(), {}
 for name, (source, options) in cases.items():
     peak, done = 0, threading.Event()
-    def watch():
+    def look(_=None):
         global peak
+        peak = max(peak, anonymous())
+    def watch():
         while not done.wait(0.001):
-            peak = max(peak, anonymous())
+            look()
     thread = threading.Thread(target=watch)
     thread.start()
-    tensor = convert(source, folder / name, max_ram=cap, min_free_gb=0, **options).tensors[0]
+    tensor = convert(source, folder / name, max_ram=cap, min_free_gb=0, progress=look, **options).tensors[0]
     done.set()
     thread.join()
     peaks[name] = (tensor.kind, tensor.stored_dtype, peak - before)

@@ -24,7 +24,7 @@ from squish_nf4.checkpoint.conversion.plan import make_plan
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
 from squish_nf4.checkpoint.messages import Progress
-from tests.support.directories import gaussian, save_shard
+from tests.support.directories import gaussian, is_finished, save_shard
 
 
 @pytest.fixture
@@ -42,10 +42,6 @@ class StoppedError(Exception):
 
 def files(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-
-
-def is_finished(path: Path) -> bool:
-    return (path / "tensors" / ".manifest_ready").exists()
 
 
 # A finished directory

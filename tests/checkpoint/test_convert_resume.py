@@ -17,8 +17,8 @@ import torch
 
 from squish_nf4.checkpoint.conversion.convert import UnfinishedError, convert
 from squish_nf4.checkpoint.messages import Progress
-from tests.support import ROOT
-from tests.support.directories import gaussian, save_index, save_shard
+from tests.support.directories import gaussian, is_finished, save_index, save_shard
+from tests.support.processes import start
 
 JOURNAL = "squish_nf4.journal"
 KILLS = 20
@@ -54,29 +54,33 @@ def contents(path: Path) -> dict[str, bytes]:
     """Every file's bytes but for the seconds, hidden files too."""
     files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     stats = json.loads(files.pop("stats.json"))
-    assert stats.pop("seconds") > 0
+    assert stats.pop("seconds") >= 0
     return files | {"stats.json": json.dumps(stats).encode()}
 
 
-def is_finished(path: Path) -> bool:
-    return (path / "tensors" / ".manifest_ready").exists()
-
-
-# A process that has loaded the library, and that forks a child for every conversion. The child is killed when its time
-# is up, or ends without a word before the file operation of that number. The answer is its exit status
-# (negative if it was killed), the seconds it ran, and where it was not ended the operations it needed.
+# A process that has loaded the library, and that forks a child for every conversion. A child is killed before its line
+# of Python of that number, in whichever thread: a moment that does not move where the machine is busy. Or it ends with
+# no word before the file operation of that number. The answer is its exit status (negative if it was killed), and where
+# it was not ended the lines and operations it needed.
 SERVER = """
-import json, os, signal, sys, time
-from squish_nf4.checkpoint.messages import Progress
-from squish_nf4.checkpoint.conversion.convert import UnfinishedError, convert
+import json, os, signal, sys, threading
+from squish_nf4.checkpoint.conversion.convert import convert
 print("ready", flush=True)
 for line in sys.stdin:
-    source, out, seconds, last, options = json.loads(line)
-    started = time.monotonic()
+    source, out, last_line, last, options = json.loads(line)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        operations = 0
+        lines = operations = 0
+        def enter(frame, event, arg):
+            return count_lines if "squish_nf4" in frame.f_code.co_filename else None
+        def count_lines(frame, event, arg):
+            global lines
+            if event == "line":
+                if lines == last_line:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                lines += 1
+            return count_lines
         def count(event, args):
             global operations
             in_out = event in ("open", "os.rename", "os.mkdir", "os.truncate") and str(args[0]).startswith(out)
@@ -85,40 +89,37 @@ for line in sys.stdin:
                     os._exit(70)
                 operations += 1
         sys.addaudithook(count)
+        threading.settrace(enter)
+        sys.settrace(enter)
         convert(source, out, min_free_gb=0, **options)
-        os.write(writer, str(operations).encode())
+        sys.settrace(None)
+        os.write(writer, json.dumps([lines, operations]).encode())
         os._exit(0)
     os.close(writer)
-    ended = 0
-    while not ended and time.monotonic() - started < seconds:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        time.sleep(0.0002)
-    if not ended:
-        os.kill(child, signal.SIGKILL)
-        ended, status = os.waitpid(child, 0)
-    operations = int(os.read(reader, 20) or 0)
+    _, status = os.waitpid(child, 0)
+    needed = json.loads(os.read(reader, 100) or b"[0, 0]")
     os.close(reader)
-    print(json.dumps([os.waitstatus_to_exitcode(status), time.monotonic() - started, operations]), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(status), *needed]), flush=True)
 """
 
 
 class Server:
     def __enter__(self) -> Server:
         command = [sys.executable, "-c", SERVER]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
         return self
 
     def convert(
-        self, source: Path, out: Path, *, seconds: float = 60, last: int = -1, **options: object
-    ) -> tuple[int, float, int]:
+        self, source: Path, out: Path, *, last_line: int = -1, last: int = -1, **options: object
+    ) -> tuple[int, int, int]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([str(source), str(out), seconds, last, options]) + "\n")
+        self.process.stdin.write(json.dumps([str(source), str(out), last_line, last, options]) + "\n")
         self.process.stdin.flush()
-        status, ran, operations = json.loads(self.process.stdout.readline())
-        return status, ran, operations
+        status, lines, operations = json.loads(self.process.stdout.readline())
+        return status, lines, operations
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
@@ -136,22 +137,20 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_directory(
 ) -> None:
     convert(source, tmp_path / "expected", ultra=True)
     expected = contents(tmp_path / "expected")
-    status, seconds, _ = server.convert(source, tmp_path / "whole", ultra=True)
+    status, lines, _ = server.convert(source, tmp_path / "whole", ultra=True)
     assert status == 0
+    assert lines > 1000
     assert contents(tmp_path / "whole") == expected
     moments = random.Random(6)
     kills, states = 0, set()
-    for attempt in range(10 * KILLS):
-        out = tmp_path / f"out{attempt}"
-        while server.convert(source, out, seconds=moments.uniform(0, seconds), resume=True, ultra=True)[0] != 0:
+    while kills < KILLS:
+        out = tmp_path / f"out{kills}"
+        while server.convert(source, out, last_line=moments.randrange(lines), resume=True, ultra=True)[0] != 0:
             if is_finished(out) and not (out / JOURNAL).exists():
                 break  # it was killed when all was done
             kills += 1
             states.add(len((out / JOURNAL).read_bytes().splitlines()) if (out / JOURNAL).exists() else 0)
         assert contents(out) == expected
-        if kills >= KILLS:
-            break
-    assert kills >= KILLS
     assert len(states) > 2, "all kills met the same state"
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzzing.targets import TARGETS, directory, npy_file, npy_header, zst_file
+from tests.support.cases import EXAMPLES
 from tests.support.directories import header, npy
 
 CORPUS = Path(__file__).parents[1] / "fuzzing" / "corpus"
@@ -49,7 +50,7 @@ def changed(draw: st.DrawFn, sound: st.SearchStrategy[bytes]) -> bytes:
     return data
 
 
-FUZZED = settings(max_examples=150, database=None, deadline=None, derandomize=True)
+FUZZED = settings(EXAMPLES, max_examples=150)
 NUMBERS = st.one_of(st.integers(0, 9), st.sampled_from([2**31, 2**32, 2**62, 2**63 - 1]))
 HEADERS = st.builds(
     lambda descr, shape, data: npy(header(descr, f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"), data),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from squish_nf4.checkpoint.directory.npy_header import LONGEST_HEADER, Header, read_header
+from tests.support.cases import EXAMPLES
 from tests.support.directories import header, npy
 
 
@@ -30,7 +31,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(database=None, deadline=None, derandomize=True)
+@settings(EXAMPLES)
 @given(NUMBERS, hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4), st.booleans())
 def test_every_header_that_numpy_writes_is_understood(
     dtype: np.dtype[np.generic], shape: tuple[int, ...], fortran: bool
@@ -104,7 +105,7 @@ def test_a_header_that_is_not_wanted_is_refused_with_the_cause(what: str) -> Non
         read(data)
 
 
-@settings(database=None, deadline=None, derandomize=True)
+@settings(EXAMPLES)
 @given(st.text(alphabet="{}()[]'\",: \n0123456789LTrueFalsdecortn_hp<>|=Of4u1\\", max_size=120))
 def test_any_text_is_refused_or_understood(text: str) -> None:
     try:

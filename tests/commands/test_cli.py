@@ -15,15 +15,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import squish_nf4
-from squish_nf4.commands import print_convert as convert_report
-from squish_nf4.commands import terminal
+from squish_nf4.commands import print_convert, terminal
 from squish_nf4.commands.cli import app
-from tests.support import ROOT
 from tests.support.directories import gaussian, save_shard
-from tests.support.processes import assert_one_sentence, run, squish
+from tests.support.processes import assert_one_sentence, run, squish, start
 
 COMMANDS = {"convert", "demo", "diff", "doctor", "export", "inspect", "verify"}
-TERMINAL = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
 
 
 def invoke(*args: str | Path) -> Result:
@@ -247,14 +244,14 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     ],
 )
 def test_reasons_that_differ_only_in_numbers_are_one_line(reason: str, group: str) -> None:
-    assert convert_report.kind_of_reason(reason) == group
+    assert print_convert.kind_of_reason(reason) == group
 
 
 def test_on_a_terminal_it_shows_progress_and_then_takes_it_away(model: Path, tmp_path: Path) -> None:
     """A pseudo-terminal, read to its end."""
     master, slave = os.openpty()
     command = [sys.executable, "-m", "squish_nf4", "convert", "--nf4", model, tmp_path / "out"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=slave, env=TERMINAL) as process:
+    with start(command, environment={"TERM": "xterm-256color"}, stdout=subprocess.PIPE, stderr=slave) as process:
         os.close(slave)
         shown = b"".join(iter(lambda: read(master), b"")).decode()
         assert process.stdout is not None

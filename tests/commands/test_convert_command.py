@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import squish_nf4
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.commands.cli import app
 from squish_nf4.commands.convert import bytes_of
-from tests.support import ROOT
-from tests.support.directories import gaussian, raw_shard_of, save_shard
+from tests.support.directories import gaussian, save_shard
+from tests.support.processes import squish, start
 
 JOURNAL = "squish_nf4.journal"
 spiky = gaussian(40, 640)
@@ -181,15 +180,33 @@ def test_delete_source_removes_it(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tensors" / ".manifest_ready").exists()
 
 
-def test_control_c_ends_with_130_and_resume_goes_on(tmp_path: Path) -> None:
-    model = raw_shard_of(tmp_path / "big.safetensors", gaussian(1024, 1024), copies=100)
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "squish_nf4", "convert", "--nf4", "--min-free-gb", "0", str(model), str(out)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not list(out.glob("tensors/*.part")):
-            time.sleep(0.001)
+# The second part file of a tensor is not opened before stdin ends; that the command waits there is said in the pipe.
+HOLD = """
+import os, sys
+parts = set()
+def hold(event, args):
+    if event == "open" and "/tensors/" in str(args[0]) and str(args[0]).endswith(".part"):
+        parts.add(str(args[0]))
+        if len(parts) == 2:
+            os.write({pipe}, b"!")
+            os.read(0, 1)
+sys.addaudithook(hold)
+"""
+
+
+def test_control_c_ends_with_130_and_resume_goes_on(model: Path, tmp_path: Path) -> None:
+    out, hook = tmp_path / "out", tmp_path / "hook"
+    hook.mkdir()
+    held, pipe = os.pipe()
+    command = [sys.executable, "-m", "squish_nf4", "convert", "--nf4", "--min-free-gb", "0", model, out]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with start(command, sitecustomize=(hook, HOLD.format(pipe=pipe)), pass_fds=[pipe], **streams) as process:
+        os.close(pipe)
+        assert os.read(held, 1) == b"!"
+        assert len(list(out.glob("tensors/*.part"))) == 1
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate()  # closes its stdin
+    os.close(held)
     assert process.returncode == 130
     assert stdout == ""
     assert stderr.startswith("squish-nf4: interrupted. ")
@@ -197,7 +214,7 @@ def test_control_c_ends_with_130_and_resume_goes_on(tmp_path: Path) -> None:
     assert "resume goes on with it" in stderr
     assert (out / JOURNAL).exists()
     assert convert("--nf4", "--resume", "--min-free-gb", "0", model, out).exit_code == 0
-    assert not list(out.glob("tensors/*.part"))  # one that had just been made when the signal came is removed now
+    assert not list(out.glob("tensors/*.part"))
 
 
 @pytest.mark.parametrize("reader", ["head", "/dev/full"])
@@ -208,8 +225,7 @@ def test_events_that_nobody_takes_end_it_with_3_and_resume_goes_on(tmp_path: Pat
         os.close(read)
     else:
         write = os.open(reader, os.O_WRONLY)
-    command = [sys.executable, "-m", "squish_nf4", "convert", "--nf4", "--json", str(model), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = squish("convert", "--nf4", "--json", model, tmp_path / "out", stdout=write)
     os.close(write)
     assert done.returncode == 3
     assert len(done.stderr.splitlines()) == 1

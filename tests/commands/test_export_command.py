@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from squish_nf4.commands.cli import app
-from squish_nf4.commands.demo.run import model_folder
+from squish_nf4.commands.demo.model import model_folder
 from squish_nf4.doctor.self_test import number_of_threads
 from squish_nf4.torchscript import export as torchscript
 from tests.support.models import eager_minilm, minilm_calls, require_minilm
@@ -116,7 +116,7 @@ def load(path: Path) -> Any:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a module of models in it, for commands that try their file in this process."""
-    monkeypatch.setattr(torchscript, "run_fresh", run_here)
+    monkeypatch.setattr(torchscript, "try_in_fresh_process", run_here)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "some_models", raising=False)
@@ -220,7 +220,7 @@ def test_a_failed_export_is_one_sentence(here: Path, monkeypatch: pytest.MonkeyP
     def fail(*args: Any) -> Any:
         raise torchscript.TorchScriptError("export_torchscript: no")
 
-    monkeypatch.setattr(torchscript, "run_fresh", fail)
+    monkeypatch.setattr(torchscript, "try_in_fresh_process", fail)
     result = invoke("some_models:dense", "m.pt")
     assert (result.exit_code, result.stderr) == (1, "squish-nf4: export_torchscript: no\n")
 

@@ -21,7 +21,7 @@ from squish_nf4 import NF4Linear, library_path
 from tests.support.models import BATCH_AND_TOKENS, Requantize, quantized_llama, some_tokens
 from tests.support.processes import run_python
 
-pytestmark = pytest.mark.usefixtures("inductor")
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("inductor")]
 OPTIONS = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # the compiler's time, not ours
 SIZES = [(1, 1), (2, 9), (1, 40), (7, 30)]
 

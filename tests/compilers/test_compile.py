@@ -20,7 +20,7 @@ from tests.support.helpers import require_torch
 from tests.support.models import Llama, quantized_llama, some_tokens
 
 OPS = torch.ops.squish
-pytestmark = pytest.mark.usefixtures("inductor", "_no_programs_left")
+pytestmark = [pytest.mark.compiles, pytest.mark.usefixtures("inductor", "_no_programs_left")]
 
 
 @pytest.fixture

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 from torch.export import export
 
 import squish_nf4
+from tests.support.helpers import required_module
 from tests.support.models import BATCH_AND_TOKENS, quantized_llama, some_tokens
+
+onnx, onnxruntime = required_module("onnx"), required_module("onnxruntime")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from squish_nf4 import _C
 from tests.support import ROOT
 from tests.support.compiling import NATIVE
 from tests.support.cpp_programs import required_cmake
-from tests.support.helpers import ISAS, ForcedIsa, require
+from tests.support.helpers import ISAS, ForcedIsa, require, require_isa
 from tests.support.processes import run
+
+pytestmark = pytest.mark.builds
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 STRICT_C = ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{ROOT}")
@@ -52,7 +54,7 @@ def compile_program(folder: Path, compiler: str, *flags: str) -> Path:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_c_program_passes_on_every_path(program: Path, isa: str) -> None:
-    require(isa, ISAS.index(isa) <= ISAS.index(_C.cpu_isa()), f"this CPU's best path is {_C.cpu_isa()}")
+    require_isa(isa)
     done = run([program], SQUISH_NF4_ISA=isa)
     assert (done.returncode, done.stdout) == (0, f"{isa}\n"), done.stderr
 
@@ -98,7 +100,19 @@ def test_it_needs_neither_torch_nor_python_and_shows_only_its_own_names(shared: 
         *(f"squish_nf4_{name}" for name in ("quantize", "dequantize", "message", "levels", "isa", "c_version")),
         "squish_nf4_first_non_finite",
     }
-    assert all("squish3cpu" in name for name in names - ours)  # selection() and isa_name(), which the op library shows
+    assert all("squish3cpu" in name for name in names - ours)  # selection() and its like, which the op library shows
+
+
+def test_the_header_and_the_refusal_name_every_path(shared: Path) -> None:
+    header = (ROOT / "csrc" / "c" / "squish_nf4.h").read_text()
+    assert f"SQUISH_NF4_ISA={'|'.join(ISAS)} caps" in header
+    quoted = [f'"{isa}"' for isa in ISAS]
+    assert f"{', '.join(quoted[:-1])} or {quoted[-1]}: the path in use" in header
+    message = ctypes.CDLL(str(shared)).squish_nf4_message
+    message.restype = ctypes.c_char_p
+    bad_isa = int(re.findall(r"SQUISH_NF4_BAD_ISA = (\d+)", header)[0])
+    names = f"{', '.join(ISAS[:-1])} or {ISAS[-1]}"
+    assert message(bad_isa).decode() == f"SQUISH_NF4_ISA must be {names}, and one that this processor has"
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -1,10 +1,8 @@
-"""The table of csrc/nf4/codebook.h: its numbers, the boundaries it derives, and that it is the only one."""
+"""The table of csrc/nf4/codebook.h: its numbers, and the boundaries it derives."""
 
 from __future__ import annotations
 
 import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +12,6 @@ import squish_nf4
 from squish_nf4 import _C
 from tests.support import ROOT, reference
 from tests.support.cases import ulps_from
-from tests.support.helpers import require
-from tests.support.processes import run
 
 # fmt: off
 BOUNDARIES = [float.fromhex(digits) for digits in [
@@ -24,10 +20,6 @@ BOUNDARIES = [float.fromhex(digits) for digits in [
     "0x1.00da06p-1", "0x1.491b5ep-1", "0x1.b913b2p-1",
 ]]
 # fmt: on
-CODEBOOK = "csrc/nf4/codebook.h"
-ORACLES = {
-    "squish_nf4/doctor/self_test.py"
-}  # states the nibble order once more on purpose: the library is compared with it
 
 
 def nearest_level(x: np.float32) -> int:
@@ -55,80 +47,33 @@ def test_six_boundaries_are_not_the_rounded_midpoints() -> None:
     assert [k for k in range(15) if midpoints[k] != np.float32(_C.boundaries()[k])] == [0, 1, 3, 4, 12, 14]
 
 
-def files_of_the_project() -> list[Path]:
-    """Every file that git tracks or would track, and that exists."""
-    require("git", shutil.which("git") is not None and (ROOT / ".git").exists(), "this is not a git checkout")
-    done = run(["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"])
-    assert done.returncode == 0, done.stderr
-    return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
+@pytest.mark.parametrize("shape", [(0,), (1,), (1001,), (3, 5), (0, 4), (2, 3, 4)], ids=str)
+def test_bytes_are_unpacked_even_column_first(shape: tuple[int, ...]) -> None:
+    packed = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    indices = _C.unpack_indices(packed)
+    assert (indices.dtype, indices.shape) == (np.uint8, (*shape, 2))
+    np.testing.assert_array_equal(indices, np.stack([packed & 15, packed >> 4], axis=-1))
 
 
-def spellings(value: float) -> list[str]:
-    """How someone would retype a float32: six digits of its decimals, of its hex float, its bits; lower case."""
-    decimal = re.sub(r"[^0-9]", "", f"{abs(value):.17f}").lstrip("0")[:6]
-    return [decimal, float(abs(value)).hex()[4:10], f"{np.float32(abs(value)).view(np.uint32):08x}"]
+def test_bytes_anywhere_in_memory_are_unpacked() -> None:
+    packed = np.random.default_rng(1).integers(0, 256, (64, 34), np.uint8)
+    read_only = packed.copy()
+    read_only.flags.writeable = False
+    for view in (packed[:, ::2], packed.T, packed[:, 3:8], read_only):
+        np.testing.assert_array_equal(_C.unpack_indices(view), _C.unpack_indices(view.copy()))
 
 
-def places_that_hold_a_digit_of_the_table(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8", errors="ignore").lower()
-    inner_levels = [float(level) for level in reference.LEVELS if abs(level) not in (0, 1)]
-    return [spelling for value in [*inner_levels, *BOUNDARIES] for spelling in spellings(value) if spelling in text]
+def test_unpacked_indices_are_what_the_operator_decodes() -> None:
+    packed, scales = squish_nf4.quantize_nf4(torch.randn(6, 96), 32)
+    level = np.array(_C.codebook(), np.float32)[_C.unpack_indices(packed.numpy()).reshape(6, 96)]
+    expected = squish_nf4.dequantize_nf4(packed, scales, 32).numpy()
+    np.testing.assert_array_equal(level * scales.numpy().repeat(32, axis=1), expected)
 
 
-def test_no_level_and_no_boundary_is_typed_outside_the_codebook() -> None:
-    elsewhere = {}
-    for path in files_of_the_project():
-        name = path.relative_to(ROOT).as_posix()
-        if name != CODEBOOK and not name.startswith(("tests/", "docs/")):
-            elsewhere[name] = places_that_hold_a_digit_of_the_table(path)
-    assert CODEBOOK not in elsewhere
-    assert {name: found for name, found in elsewhere.items() if found} == {}
-
-
-def test_search_for_digits_finds_the_codebook_itself() -> None:
-    found = places_that_hold_a_digit_of_the_table(ROOT / CODEBOOK)
-    assert found == [spellings(float(level))[0] for level in reference.LEVELS if abs(level) not in (0, 1)]
-
-
-# A shift by four, a mask of fifteen, a division by sixteen: how code takes a byte apart that does not ask the codebook.
-NIBBLE = re.compile(
-    r"(<<|>>)=?\s*4\b|[&%]=?\s*(15|16|0x0?f|0xf0|240)u?\b|//\s*16\b|s[lr]\w*_epi\w*\([^;]*,\s*4\)"
-    r"|(bitwise_and|__and__)\([^;]*\b(15|0x0?f)\)|(left|right)_?shift\w*\([^;]*\b4\)",
-    re.IGNORECASE,
-)
-
-
-def code_without_comments(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".py":
-        return re.sub(r"#[^\n]*", "", re.sub(r'"""(.*?)"""', "", text, flags=re.DOTALL))
-    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-
-
-def nibble_arithmetic(code: str) -> list[str]:
-    return [match.group(0) for match in NIBBLE.finditer(code)]
-
-
-def test_order_of_the_nibbles_is_written_in_the_codebook_alone() -> None:
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
-    sources += (ROOT / "squish_nf4").glob("*.py")
-    names = {path.relative_to(ROOT).as_posix() for path in sources}
-    assert {CODEBOOK, "csrc/nf4/codec.h", "csrc/cpu/avx512.cpp", "squish_nf4/ops.py"} <= names
-    found = {path.relative_to(ROOT).as_posix(): nibble_arithmetic(code_without_comments(path)) for path in sources}
-    assert {name: hits for name, hits in found.items() if hits and name not in ORACLES} == {}
-
-
-# fmt: off
-NIBBLES = [
-    "byte >> 4", "high<<4 | low", "byte & 15", "byte & 0x0F", "b & 0xF0u", "byte % 16", "byte // 16", "byte &= 15",
-    "_mm256_srli_epi16(bytes, 4)", "np.bitwise_and(packed, 15)", "np.right_shift(packed, 4)",
-]
-# fmt: on
-
-
-@pytest.mark.parametrize("code", NIBBLES)
-def test_search_for_nibbles_finds_them(code: str) -> None:
-    assert len(nibble_arithmetic(code)) == 1
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.float32])
+def test_what_is_not_bytes_is_not_unpacked(dtype: type) -> None:
+    with pytest.raises(TypeError):
+        _C.unpack_indices(np.zeros(4, dtype))
 
 
 def test_row_worked_by_hand_in_the_docs_is_what_the_operator_writes() -> None:

@@ -80,6 +80,7 @@ def test_no_loop_of_avx512_keeps_a_vector_on_the_stack(loops: dict[str, Count]) 
     assert [loop for loop in spilled if loop.startswith("avx512") and not loop.endswith(", any groups")] == []
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize(("path", "what"), instruction_budget.EXECUTED)
 def test_kernel_keeps_its_budget_when_it_runs(program: Path, tmp_path: Path, path: str, what: str) -> None:
     found, name = instruction_budget.executed(program, path, what, tmp_path), f"{path} {what}"
@@ -111,6 +112,7 @@ def measured_dot(folder: Path, extra: str) -> Count:
     return instruction_budget.count(loop, 8, around=True)
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize(
     ("extra", "number"),
     [

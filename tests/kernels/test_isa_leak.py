@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import sys
 from collections import defaultdict
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 
 import squish_nf4
-from tests.support.compiling import compile_objects, kernel_sources
+from squish_nf4 import _C
+from squish_nf4.doctor import examine as doctor
+from tests.support import ROOT
+from tests.support.compiling import code_without_comments, compile_objects, kernel_sources
 from tests.support.disassembly import machine_code, require_x86_disassembler
-from tests.support.helpers import ISAS
+from tests.support.helpers import ISAS, require
 from tests.support.processes import run
 
 # In 64-bit code these first bytes, perhaps after a segment or address prefix, have no other meaning.
@@ -66,23 +70,27 @@ def test_reader_of_machine_code_knows_the_paths_apart(code: str, instruction: st
     assert needs(code, instruction) == path
 
 
+@pytest.mark.builds
 def test_objects_hold_the_instructions_of_their_path_and_no_others(objects: dict[str, Path]) -> None:
     found = {name: set(functions_by_need(path)) for name, path in objects.items()}
-    assert found.pop("avx512") == {"scalar", "avx2", "avx512"}
-    assert found.pop("avx512_bf16") == {"scalar", "avx2", "avx512"}
-    assert found.pop("avx2") == {"scalar", "avx2"}
-    assert found.pop("avx2_int16") == {"scalar", "avx2"}
+    for name in ("avx512_codec", "avx512_linear", "avx512_linear_bf16"):
+        assert found.pop(name) == {"scalar", "avx2", "avx512"}
+    for name in ("avx2_codec", "avx2_linear", "avx2_linear_int16"):
+        assert found.pop(name) == {"scalar", "avx2"}
     assert {"scalar", "dispatch", "linear"} <= set(found)
     assert set.union(*found.values()) == {"scalar"}, found
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize(
     ("name", "loop"),
     [
-        ("avx2", "encode_groups"),
-        ("avx512", "encode_groups"),
-        ("avx512_bf16", "multiply_rows"),
-        ("avx2_int16", "multiply_row"),
+        ("avx2_codec", "encode_groups"),
+        ("avx2_linear", "dot_products"),
+        ("avx2_linear_int16", "dot_products_of_row"),
+        ("avx512_codec", "encode_groups"),
+        ("avx512_linear", "dot_products"),
+        ("avx512_linear_bf16", "dot_products"),
     ],
 )
 def test_vector_objects_define_no_function_that_the_linker_could_share(
@@ -155,3 +163,57 @@ def test_no_wish_is_the_best_path() -> None:
 def test_refusal_names_every_path_there_is() -> None:
     refusal = first_call("unknown")
     assert [isa for isa in ISAS if isa not in refusal] == []
+
+
+def test_paths_are_listed_and_an_unknown_one_is_refused() -> None:
+    available = _C.cpu_isas(available=True)
+    assert (available[0], available[-1]) == ("scalar", _C.cpu_isa())
+    assert [isa for isa in ISAS if isa in available] == list(available)
+    assert _C.cpu_features("scalar") == ()
+    with pytest.raises(ValueError, match="isa must be scalar, avx2, avx512 or avx512_bf16, got 'sse'"):
+        _C.cpu_features("sse")
+
+
+def test_a_cap_leaves_the_paths_up_to_it() -> None:
+    for capped in _C.cpu_isas(available=True):
+        done = run([sys.executable, "-c", AVAILABLE], SQUISH_NF4_ISA=capped, PYTHONPATH=str(ROOT))
+        assert done.stdout.split() == list(ISAS[: ISAS.index(capped) + 1]), done.stderr
+
+
+def test_a_path_is_available_where_linux_names_all_that_it_needs() -> None:
+    require("x86-64", platform.machine() == "x86_64", "the features below are those of x86-64")
+    flags = doctor.cpu_model_and_features()[1]
+    done = run([sys.executable, "-c", AVAILABLE], SQUISH_NF4_ISA="", PYTHONPATH=str(ROOT))
+    assert done.stdout.split() == [isa for isa in ISAS if set(_C.cpu_features(isa)) <= flags], done.stderr
+    assert _C.cpu_features("avx2") == ("avx2", "fma", "f16c")
+    assert set(_C.cpu_features("avx512")) < set(_C.cpu_features("avx512_bf16")) == set(doctor.CPU_FEATURES)
+
+
+# The words of a file's name that say what it computes; the others say for which path.
+OPERATIONS = {"codec", "linear", "int16"}
+REGION = re.compile(r'^SQUISH_TARGET_REGION\("(.+)"\)', re.MULTILINE)
+REGIONS = {path: found for path in kernel_sources() if (found := REGION.findall(path.read_text()))}
+
+
+@pytest.mark.parametrize("source", REGIONS, ids=lambda path: path.stem)
+def test_what_a_file_is_compiled_for_is_asked_of_the_processor(source: Path) -> None:
+    require("x86-64", platform.machine() == "x86_64", "the features below are those of x86-64")
+    isa = "_".join(word for word in source.stem.split("_") if word not in OPERATIONS)
+    asked = {feature.replace("_", "") for feature in _C.cpu_features(isa)}  # the compiler's names have none
+    for features in REGIONS[source]:
+        assert set(features.split(",")) <= asked
+
+
+def test_regions_are_found() -> None:
+    assert {path.stem for path in REGIONS} >= {"avx2_codec", "avx2_linear_int16", "avx512_linear_bf16"}
+
+
+def test_paths_are_named_in_the_table_alone() -> None:
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp")]
+    sources += (ROOT / "squish_nf4").rglob("*.py")
+    name = re.compile("|".join(f'"{isa}"' for isa in ISAS if isa != "scalar"))
+    naming = {path.relative_to(ROOT).as_posix() for path in sources if name.search(code_without_comments(path))}
+    assert naming == {"csrc/cpu/dispatch.cpp"}
+
+
+AVAILABLE = "from squish_nf4 import _C; print(*_C.cpu_isas(available=True))"

@@ -18,7 +18,7 @@ from torch import Tensor
 import squish_nf4
 from squish_nf4 import _C
 from tests.support import reference
-from tests.support.cases import shapes, ulps_from
+from tests.support.cases import EXAMPLES, shapes, ulps_from
 from tests.support.helpers import ForcedIsa
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -279,7 +279,7 @@ def weights_of_any_bits(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 
 
 def check_fuzz(isa: str) -> None:
-    @hypothesis.settings(max_examples=80, database=None, deadline=None, derandomize=True)
+    @hypothesis.settings(EXAMPLES, max_examples=80)
     @hypothesis.given(weights_of_any_bits())
     def fuzz(case: tuple[np.ndarray, int]) -> None:
         w, group_size = case

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from squish_nf4 import _C
-from tests.support.helpers import ForcedIsa
+from squish_nf4 import _C, _build_info
+from tests.support.helpers import ForcedIsa, require
 
 OPS = torch.ops.squish
+PADDED = [(5, 61, 32), (3, 99, 50), (4, 1028, 5), (2, 3, 3), (3, 1, 64), (6, 700, 512), (2, 1030, 1024), (0, 31, 16)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(5, 64, 32), (3, 100, 50), (7, 1030, 5), (4, 2, 1), (2, 4096, 64), (3, 0, 4), (0, 64, 16), (70, 600, 600)]
 
@@ -20,6 +23,10 @@ SHAPES = [(5, 64, 32), (3, 100, 50), (7, 1030, 5), (4, 2, 1), (2, 4096, 64), (3,
 def weight(n: int, d: int, dtype: torch.dtype) -> Tensor:
     rng = np.random.default_rng(n * 10000 + d)
     return torch.from_numpy(rng.standard_normal((n, d)) * np.exp2(rng.integers(-10, 10, (n, 1)))).to(dtype)
+
+
+def padded(w: Tensor, group_size: int) -> Tensor:
+    return torch.nn.functional.pad(w, (0, -w.shape[1] % math.lcm(2, group_size)))
 
 
 def surveys(isa: str) -> list[bytes]:
@@ -57,6 +64,85 @@ def test_every_path_gives_the_definition_and_the_same_bits(forced_isa: ForcedIsa
     assert forced_isa(surveys, forced_isa.isa) == of_this_path
 
 
+def surveys_of_padded_weights(isa: str) -> None:
+    assert _C.cpu_isa() == isa
+    for dtype in DTYPES:
+        for n, d, group_size in PADDED:
+            w = weight(n, d, dtype)
+            whole = padded(w, group_size)
+            packed, scales = OPS.quantize_nf4(whole, group_size)
+            survey = OPS._survey_nf4(w, packed, scales, group_size)
+            assert torch.equal(survey, OPS._survey_nf4(whole, packed, scales, group_size)), (dtype, n, d, group_size)
+            strided = torch.empty(n, 2 * d + 1, dtype=dtype)[:, 1::2].copy_(w)
+            assert torch.equal(OPS._survey_nf4(strided, packed, scales, group_size), survey)
+
+
+def test_padding_counts_as_nothing(forced_isa: ForcedIsa) -> None:
+    forced_isa(surveys_of_padded_weights, forced_isa.isa)
+
+
+def test_what_padding_holds_does_not_matter() -> None:
+    packed, scales = OPS.quantize_nf4(padded(weight(4, 61, torch.float32), 64), 64)
+    survey = OPS._survey_nf4(weight(4, 61, torch.float32), packed, scales, 64)
+    packed[:, 31] = 0x5A
+    packed[:, 30] = packed[:, 30] & 15 | 0xF0  # column 60, which w has, and 61
+    assert torch.equal(OPS._survey_nf4(weight(4, 61, torch.float32), packed, scales, 64), survey)
+
+
+@pytest.mark.parametrize("d", [64, 61, 33])
+def test_meta_and_fake_tensors_have_the_shape_alone(d: int) -> None:
+    w = torch.empty(5, d, dtype=torch.bfloat16)
+    packed, scales = torch.empty(5, 32, dtype=torch.uint8), torch.empty(5, 2)
+    on_meta = OPS._survey_nf4(w.to("meta"), packed.to("meta"), scales.to("meta"), 32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = OPS._survey_nf4(w, packed, scales, 32)
+    for survey in (on_meta, fake):
+        assert (survey.shape, survey.dtype) == ((5, 4), torch.float64)
+
+
+def by_composition(w: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """What CUDA computes (csrc/ops/cuda_survey.cpp), with tensors on the CPU: a composition that asks for no device."""
+    require("nvcc", _build_info.CUDA_VERSION is not None, "the package was built for the CPU only")
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return cast(Tensor, OPS._survey_nf4.default.redispatch(cuda, w, packed, scales, group_size))
+
+
+def assert_close(found: Tensor, survey: Tensor) -> None:
+    """The largest magnitude is the same; sums are added in another order."""
+    assert (found.dtype, found.shape) == (survey.dtype, survey.shape)
+    torch.testing.assert_close(found[:, 0].cpu(), survey[:, 0], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found.cpu(), survey, rtol=1e-13, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "d", "group_size"), [*SHAPES, *PADDED, (1500, 1024, 64)])
+def test_composition_of_cuda_says_the_same(n: int, d: int, group_size: int, dtype: torch.dtype) -> None:
+    w = weight(n, d, dtype)
+    if n > 2 and d > 2:
+        w[0, 1], w[2, 2] = math.nan, math.inf
+    packed, scales = OPS.quantize_nf4(padded(w, group_size), group_size)
+    arguments = w, packed, scales, group_size
+    assert_close(by_composition(*arguments), OPS._survey_nf4(*arguments))
+
+
+def test_composition_of_cuda_takes_some_rows_at_a_time() -> None:
+    w = weight(64, 65536, torch.float32)  # 192 MiB if all of it were held at once
+    packed, scales = OPS.quantize_nf4(w, 64)
+    arguments = w, packed, scales, 64
+    assert_close(by_composition(*arguments), OPS._survey_nf4(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_says_the_same(dtype: torch.dtype) -> None:
+    require("cuda", torch.cuda.is_available() and _build_info.CUDA_VERSION is not None, "no GPU, or a CPU build")
+    for n, d, group_size in [*SHAPES, *PADDED]:
+        w = weight(n, d, dtype)
+        packed, scales = OPS.quantize_nf4(padded(w, group_size), group_size)
+        on_gpu = OPS._survey_nf4(w.cuda(), packed.cuda(), scales.cuda(), group_size)
+        assert on_gpu.is_cuda
+        assert_close(on_gpu, OPS._survey_nf4(w, packed, scales, group_size))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("column", [0, 70, 99])
 def test_what_is_not_finite_shows_in_the_largest_magnitude_of_its_row(column: int, value: float) -> None:
@@ -69,8 +155,12 @@ def test_what_is_not_finite_shows_in_the_largest_magnitude_of_its_row(column: in
 def test_another_shape_dtype_or_device_is_refused() -> None:
     w = torch.ones(4, 64)
     packed, scales = OPS.quantize_nf4(w, 32)
-    with pytest.raises(ValueError, match=r"_survey_nf4: w has shape \[4, 32\] but packed holds 4 rows and 64 columns"):
-        OPS._survey_nf4(w[:, :32], packed, scales, 32)
+    wanted = r"\(as many, or up to 31 more as padding, are wanted at group_size=32\)"
+    for d in (32, 66):
+        with pytest.raises(ValueError, match=f"_survey_nf4: w has {d} columns but packed holds 64 {wanted}"):
+            OPS._survey_nf4(torch.ones(4, d), packed, scales, 32)
+    with pytest.raises(ValueError, match="_survey_nf4: w has 3 rows but packed has 4"):
+        OPS._survey_nf4(w[:3], packed, scales, 32)
     with pytest.raises(ValueError, match="_survey_nf4: w must be 2-D"):
         OPS._survey_nf4(w[0], packed, scales, 32)
     with pytest.raises(TypeError, match="_survey_nf4: w must be float32, bfloat16, float16 or float64"):

@@ -6,16 +6,15 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/dispatch.h"
 #include "tests/native/definition.h"
 
 namespace {
-
-using squish::cpu::Isa;
 
 constexpr uint32_t kMagnitudeOfOne = 0x3f800000;
 constexpr uint32_t kMagnitudes = kMagnitudeOfOne + 1;  // zero, every float between, one
@@ -24,30 +23,29 @@ constexpr uint32_t kColumns = kAtOnce + 2;  // two more columns hold 1.0, so tha
 constexpr uint32_t kShown = 5;              // differences printed per thread
 
 struct Path {
-  const char* name;
-  Isa isa;
-  const squish::cpu::Kernels* kernels;
+  const squish::cpu::Path& path;
+  explicit Path(const squish::cpu::Path& its_path) : path(its_path) {}
   std::atomic<uint64_t> compared{0}, different{0};
 };
 
-void check_stretch(std::vector<Path*>& paths, const float* level, uint32_t first, uint32_t count, uint32_t sign,
+void check_stretch(std::deque<Path>& paths, const float* level, uint32_t first, uint32_t count, uint32_t sign,
                    std::vector<float>& w, std::vector<int32_t>& expected, std::vector<uint8_t>& packed) {
   for (uint32_t i = 0; i < kAtOnce; ++i) w[i] = std::bit_cast<float>(sign | (i < count ? first + i : kMagnitudeOfOne));
   w[kAtOnce] = w[kAtOnce + 1] = 1.0f;
   for (uint32_t i = 0; i < kAtOnce; i += definition::kBlock)
     definition::nearest_levels(w.data() + i, level, expected.data() + i);
-  for (Path* path : paths) {
+  for (Path& path : paths) {
     float scale = 0;
-    path->kernels->encode_float32(w.data(), kColumns, kColumns, packed.data(), &scale);
+    path.path.codec<float>().encode(w.data(), kColumns, kColumns, packed.data(), &scale);
     uint64_t different = scale == 1.0f ? 0 : count;
     for (uint32_t i = 0; i < count; ++i) {
       const int32_t found = i % 2 == 0 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
       if (found == expected[i]) continue;
       if (++different <= kShown)
-        std::fprintf(stderr, "%s: %a has index %d, not %d\n", path->name, w[i], found, expected[i]);
+        std::fprintf(stderr, "%s: %a has index %d, not %d\n", path.path.name, w[i], found, expected[i]);
     }
-    path->compared += count;
-    path->different += different;
+    path.compared += count;
+    path.different += different;
   }
 }
 
@@ -58,14 +56,12 @@ int main(int argc, char** argv) {
   float level[definition::kLevels];
   for (int k = 0; k < definition::kLevels; ++k) level[k] = std::strtof(argv[1 + k], nullptr);
 
-  Path scalar{"scalar", Isa::kScalar, &squish::cpu::kScalarKernels};
-  std::vector<Path*> paths = {&scalar};
-#if defined(__x86_64__)
-  Path avx2{"avx2", Isa::kAvx2, &squish::cpu::kAvx2Kernels};
-  Path avx512{"avx512", Isa::kAvx512, &squish::cpu::kAvx512Kernels};
-  for (Path* path : {&avx2, &avx512})
-    if (path->isa <= squish::cpu::selection().isa) paths.push_back(path);
-#endif
+  std::deque<Path> paths;
+  for (const squish::cpu::Path& path : squish::cpu::paths()) {
+    const auto encodes_alike = [&](const Path& other) { return other.path.codecs == path.codecs; };
+    if (squish::cpu::is_available(path) && std::none_of(paths.begin(), paths.end(), encodes_alike))
+      paths.emplace_back(path);
+  }
 
   std::atomic<uint64_t> next{0};
   const auto work = [&] {
@@ -84,10 +80,10 @@ int main(int argc, char** argv) {
   for (std::thread& thread : threads) thread.join();
 
   bool all_equal = true;
-  for (const Path* path : paths) {
-    std::printf("%s %llu %llu\n", path->name, static_cast<unsigned long long>(path->compared),
-                static_cast<unsigned long long>(path->different));
-    all_equal = all_equal && path->different == 0;
+  for (const Path& path : paths) {
+    std::printf("%s %llu %llu\n", path.path.name, static_cast<unsigned long long>(path.compared),
+                static_cast<unsigned long long>(path.different));
+    all_equal = all_equal && path.different == 0;
   }
   return all_equal ? 0 : 1;
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/linear.h"
 
 namespace {
 
@@ -16,21 +17,22 @@ alignas(64) uint8_t packed[kRows * kColumns / 2];
 alignas(64) float scales[kRows * kColumns / kGroup], dense[kRows * kColumns], sums[kRows];
 alignas(64) float x[kColumns], scratch[cpu::linear_scratch<float>(1, kRows / cpu::kRuns)];
 
-void linear(const cpu::Kernels& kernels, int64_t columns, int64_t group) {
+void linear(const cpu::LinearKernels<float>& kernels, int64_t columns, int64_t group) {
   cpu::RowRuns runs;
   runs.rows = kRows / cpu::kRuns;
   for (int run = 0; run < cpu::kRuns; ++run) {
     runs.packed[run] = packed + run * runs.rows * columns / 2;
     runs.scales[run] = scales + run * runs.rows * columns / group;
   }
-  kernels.linear.multiply(runs, columns, group, x, 1, scratch, sums);
+  kernels.dot_products(runs, columns, group, x, 1, scratch, sums);
 }
 
 }  // namespace
 
-extern "C" __attribute__((noinline)) void run(const cpu::Kernels& kernels, const std::string& what) {
-  if (what == "quantize") kernels.encode_float32(dense, kRows * kColumns, kGroup, packed, scales);
-  if (what == "dequantize") kernels.decode_float32(packed, scales, 0, kRows * kColumns, kGroup, dense);
+extern "C" __attribute__((noinline)) void run(const cpu::Codec<float>& codec, const cpu::LinearKernels<float>& kernels,
+                                              const std::string& what) {
+  if (what == "quantize") codec.encode(dense, kRows * kColumns, kGroup, packed, scales);
+  if (what == "dequantize") codec.decode(packed, scales, 0, kRows * kColumns, kGroup, dense);
   if (what == "linear") linear(kernels, kColumns, kGroup);
   if (what == "odd") linear(kernels, kOddColumns, kOddGroup);
 }
@@ -38,5 +40,7 @@ extern "C" __attribute__((noinline)) void run(const cpu::Kernels& kernels, const
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
   for (int64_t i = 0; i < kRows * kColumns; ++i) dense[i] = static_cast<float>(i * 7919 % 65536 - 32768);
-  run(argv[1] == std::string("avx2") ? cpu::kAvx2Kernels : cpu::kScalarKernels, argv[2]);
+  const bool avx2 = argv[1] == std::string("avx2");
+  run(std::get<cpu::Codec<float>>(avx2 ? cpu::kAvx2Codecs : cpu::kScalarCodecs),
+      avx2 ? cpu::kAvx2Linear : cpu::kScalarLinear, argv[2]);
 }

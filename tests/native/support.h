@@ -10,7 +10,7 @@
 #include <cstring>
 #include <vector>
 
-#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/dispatch.h"
 
 #define CHECK(condition, ...)                                                       \
   do {                                                                              \
@@ -86,21 +86,13 @@ class Random {
   uint64_t state_ = 0x9e3779b97f4a7c15;
 };
 
-struct Path {
-  const char* name;
-  const squish::cpu::Kernels* kernels;
-  const squish::cpu::LinearKernels<squish::nf4::BFloat16>* linear_bfloat16 = nullptr;
-  const squish::cpu::LinearKernels<int16_t>* linear_int16 = nullptr;
-};
+using squish::cpu::Path;
+
 inline std::vector<Path> available_paths() {
-  using namespace squish::cpu;
-  std::vector<Path> paths = {{"scalar", &kScalarKernels}};
-#if defined(__x86_64__)
-  if (selection().isa >= Isa::kAvx2) paths.push_back({"avx2", &kAvx2Kernels, nullptr, &kAvx2Int16Linear});
-  if (selection().isa >= Isa::kAvx512) paths.push_back({"avx512", &kAvx512Kernels});
-  if (selection().isa >= Isa::kAvx512Bf16) paths.push_back({"avx512_bf16", &kAvx512Kernels, &kAvx512Bf16Linear});
-#endif
-  return paths;
+  std::vector<Path> available;
+  for (const Path& path : squish::cpu::paths())
+    if (squish::cpu::is_available(path)) available.push_back(path);
+  return available;
 }
 
 void check_float_bits();         // test_float_bits.cpp

@@ -21,14 +21,6 @@ constexpr int64_t kGroupSizes[] = {1,  2,  3,  4,  5,  7,  8,  14, 15, 16,  17, 
                                    31, 32, 33, 34, 48, 63, 64, 66, 96, 100, 130};
 
 template <typename T>
-constexpr auto encoder() {
-  if constexpr (std::is_same_v<T, float>) return &cpu::Kernels::encode_float32;
-  if constexpr (std::is_same_v<T, double>) return &cpu::Kernels::encode_float64;
-  if constexpr (std::is_same_v<T, BFloat16>) return &cpu::Kernels::encode_bfloat16;
-  if constexpr (std::is_same_v<T, Float16>) return &cpu::Kernels::encode_float16;
-}
-
-template <typename T>
 T value_of(float x) {
   if constexpr (std::is_same_v<T, double>)
     return static_cast<double>(x) * (1 + 0x1p-30);  // not a float32
@@ -65,7 +57,7 @@ void check_encode(const Path& path, Random& random, int64_t columns, int64_t gro
     Buffer<T> w(values, place);
     Buffer<uint8_t> packed(columns / 2, place);
     Buffer<float> found(columns / group_size, place);
-    (path.kernels->*encoder<T>())(w.data(), columns, group_size, packed.data(), found.data());
+    path.codec<T>().encode(w.data(), columns, group_size, packed.data(), found.data());
     for (int64_t i = 0; i < columns; ++i) {
       const uint32_t index = i % 2 == 0 ? nf4::even_index(packed[i / 2]) : nf4::odd_index(packed[i / 2]);
       CHECK(index == indices[i], "%s, group_size %d, column %d of %d: index %u, not %u", path.name, int(group_size),
@@ -83,7 +75,9 @@ void check_decode(const Path& path, const std::vector<uint8_t>& bytes, const std
   Buffer<uint8_t> packed(bytes, place);
   Buffer<float> scale(scales, place);
   Buffer<T> out(last - first, place);
-  cpu::decode_kernel<T>(*path.kernels, stores)(packed.data(), scale.data(), first, last, group_size, out.data());
+  const auto& codec = path.codec<T>();
+  const auto decode = stores == cpu::Stores::kPastCaches ? codec.decode_past_caches : codec.decode;
+  decode(packed.data(), scale.data(), first, last, group_size, out.data());
   for (int64_t i = first; i < last; ++i) {
     const uint32_t index = i % 2 == 0 ? nf4::even_index(bytes[i / 2]) : nf4::odd_index(bytes[i / 2]);
     const T expected = nf4::decode<T>(index, scales[i / group_size], nf4::kCodebook.level);
@@ -111,9 +105,33 @@ void check_decode(const Path& path, Random& random, int64_t columns, int64_t gro
   for (Place on_64_bytes : {Place::kBeforeGuard, Place::kAfterGuard})
     check_decode<T>(path, bytes, scales, 0, columns, group_size, on_64_bytes, cpu::Stores::kPastCaches);
 }
-void encode_under(const cpu::Kernels& kernels, const std::vector<float>& w, uint8_t* packed, float* scale) {
+// To the bit what the scalar path says, of a row as wide as what is packed or padded by a column, and nothing is read
+// beyond either.
+template <typename T>
+void check_survey(const Path& path, Random& random, int64_t columns, int64_t group_size) {
+  std::vector<uint8_t> bytes(static_cast<size_t>(columns / 2));
+  std::vector<float> scales(static_cast<size_t>(columns / group_size));
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random.bits());
+  for (float& scale : scales) scale = random.between_minus_one_and_one();
+  for (int64_t d = columns; d >= 0 && d >= columns - 1; --d) {
+    std::vector<T> w;
+    for (int64_t i = 0; i < d; ++i) w.push_back(value_of<T>(random.between_minus_one_and_one()));
+    const auto survey_of_scalar = cpu::paths().front().codec<T>().survey;
+    const cpu::RowSurvey expected = survey_of_scalar(w.data(), d, bytes.data(), scales.data(), group_size);
+    for (Place place : kPlaces) {
+      Buffer<T> from(w, place);
+      Buffer<uint8_t> packed(bytes, place);
+      Buffer<float> scale(scales, place);
+      const cpu::RowSurvey found = path.codec<T>().survey(from.data(), d, packed.data(), scale.data(), group_size);
+      CHECK(std::memcmp(&found, &expected, sizeof found) == 0, "%s, group_size %d, %d of %d columns", path.name,
+            int(group_size), int(d), int(columns));
+    }
+  }
+}
+
+void encode_under(const Path& path, const std::vector<float>& w, uint8_t* packed, float* scale) {
   const cpu::DefaultFloatEnvironment environment;
-  kernels.encode_float32(w.data(), static_cast<int64_t>(w.size()), static_cast<int64_t>(w.size()), packed, scale);
+  path.codec<float>().encode(w.data(), static_cast<int64_t>(w.size()), static_cast<int64_t>(w.size()), packed, scale);
 }
 
 }  // namespace
@@ -135,6 +153,10 @@ void check_encode_and_decode() {
         check_decode<float>(path, random, columns, group_size);
         check_decode<BFloat16>(path, random, columns, group_size);
         check_decode<Float16>(path, random, columns, group_size);
+        check_survey<float>(path, random, columns, group_size);
+        check_survey<double>(path, random, columns, group_size);
+        check_survey<BFloat16>(path, random, columns, group_size);
+        check_survey<Float16>(path, random, columns, group_size);
       }
 }
 
@@ -146,10 +168,10 @@ void check_float_environment() {
   for (const Path& path : available_paths()) {
     uint8_t expected[33], found[33];
     float expected_scale, found_scale;
-    encode_under(*path.kernels, w, expected, &expected_scale);
+    encode_under(path, w, expected, &expected_scale);
     for (int mode : {FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO}) {
       CHECK(std::fesetround(mode) == 0, "no rounding mode");
-      encode_under(*path.kernels, w, found, &found_scale);
+      encode_under(path, w, found, &found_scale);
       CHECK(std::fegetround() == mode, "%s leaves another rounding mode behind", path.name);
       std::fesetround(FE_TONEAREST);
       CHECK(std::memcmp(found, expected, sizeof found) == 0 && found_scale == expected_scale, "%s", path.name);

@@ -7,8 +7,8 @@
 
 #include "csrc/cpu/group_cursor.h"
 #include "csrc/cpu/linear.h"
+#include "csrc/cpu/tiles.h"
 #include "csrc/nf4/codec.h"
-#include "csrc/nf4/tiles.h"
 #include "tests/native/support.h"
 
 namespace test {
@@ -52,28 +52,28 @@ std::vector<T> multiply(const cpu::LinearKernels<Element>& kernels, const Weight
                         int64_t d, int64_t stride, const std::vector<float>& bias, int64_t first, int64_t last,
                         Place place) {
   Buffer<uint8_t> packed(w.packed, place);
-  Buffer<float> scales(w.scales, place), added(bias, place);
+  Buffer<float> scales(w.scales, place), bias_buffer(bias, place);
   Buffer<T> from(x, place), y(std::vector<T>(static_cast<size_t>(m * w.rows), nf4::from_float<T>(12345.0f)), place);
   Buffer<Element> activations(m * cpu::packed_elements(kernels, w.columns), place);
   const int64_t blocks = cpu::blocks_of(m, kernels.block).count;
   for (int64_t block = 0; block < blocks; ++block)  // one by one, as threads share them
     cpu::pack_activations(kernels, from.data(), m, d, stride, w.columns, block, block + 1, activations.data());
-  const cpu::LinearTask<Element, T> task{kernels,
-                                         packed.data(),
-                                         scales.data(),
-                                         w.columns,
-                                         w.group_size,
-                                         activations.data(),
-                                         m,
-                                         bias.empty() ? nullptr : added.data(),
-                                         y.data(),
-                                         w.rows};
+  const cpu::LinearTask<Element, T> task{.kernels = kernels,
+                                         .packed = packed.data(),
+                                         .scales = scales.data(),
+                                         .columns = w.columns,
+                                         .group_size = w.group_size,
+                                         .x = activations.data(),
+                                         .m = m,
+                                         .bias = bias.empty() ? nullptr : bias_buffer.data(),
+                                         .y = y.data(),
+                                         .y_stride = w.rows};
   Buffer<char> scratch(cpu::linear_scratch_bytes<Element>(m), place);
   cpu::linear_rows(task, first, last, scratch.data());
   return {y.data(), y.data() + m * w.rows};
 }
 
-// Half a unit of a level and half a unit of an activation, of magnitudes up to 1 (csrc/cpu/avx2_int16.cpp).
+// Half a unit of a level and half a unit of an activation, of magnitudes up to 1 (csrc/cpu/avx2_linear_int16.cpp).
 constexpr double kInt16Error = 0.5 / 16384 + 0.5 / 8192 + 1e-8;
 
 template <typename Element>
@@ -190,13 +190,13 @@ void check_int16(const char* path, const cpu::LinearKernels<int16_t>& kernels, R
     for (int64_t groups : {2, 6, 40})
       for (int64_t m : {1, 2, 3, 4}) {
         const int64_t columns = groups * group_size;
-        CHECK(kernels.takes(columns, group_size), "%d columns, group_size %d", int(columns), int(group_size));
+        CHECK(kernels.takes(m, columns, group_size), "%d columns, group_size %d", int(columns), int(group_size));
         check_case<int16_t, T>(path, kernels, random, 7, columns, group_size, m, columns, m == 3);
         check_case<int16_t, T>(path, kernels, random, 4, columns, group_size, m, columns - 31, false);
       }
   for (const auto& [columns, group_size] :
        {std::pair(96, 32), std::pair(128, 16), std::pair(192, 96), std::pair(100, 50)})
-    CHECK(!kernels.takes(columns, group_size), "%d columns, group_size %d", columns, group_size);
+    CHECK(!kernels.takes(1, columns, group_size), "%d columns, group_size %d", columns, group_size);
 }
 
 }  // namespace
@@ -214,10 +214,10 @@ void check_linear() {
       check_infinite_scale(path.name, *path.linear_bfloat16, random);
       continue;  // everything else is the path's before it
     }
-    check_path<float, float>(path.name, path.kernels->linear, random);
-    check_infinite_scale(path.name, path.kernels->linear, random);
-    check_path<float, BFloat16>(path.name, path.kernels->linear, random);
-    check_path<float, Float16>(path.name, path.kernels->linear, random);
+    check_path<float, float>(path.name, *path.linear, random);
+    check_infinite_scale(path.name, *path.linear, random);
+    check_path<float, BFloat16>(path.name, *path.linear, random);
+    check_path<float, Float16>(path.name, *path.linear, random);
   }
 }
 
@@ -228,7 +228,7 @@ void check_tiles() {
   for (int round = 0; round < 200000; ++round) {
     const int64_t n = random.bits() % (round % 2 ? 40 : 1u << 20), row_bytes = random.bits() % (1u << (round % 28));
     const int64_t budget = random.bits() % (1u << (round % 27));
-    const nf4::Tiles tiles = nf4::cut_rows(n, row_bytes, budget);
+    const cpu::Tiles tiles = cpu::cut_rows(n, row_bytes, budget);
     if (n == 0) {
       CHECK(tiles.rows == 0 && tiles.count == 0, "tiles of nothing");
       continue;

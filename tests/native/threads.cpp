@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "csrc/c/squish_nf4.h"
-#include "csrc/cpu/linear.h"
+#include "csrc/cpu/dispatch.h"
 
 int main(int argc, char** argv) {
   constexpr int64_t n = 64, d = 96, group_size = 32, threads = 4;
@@ -13,7 +13,7 @@ int main(int argc, char** argv) {
   std::vector<float> w(n * d), decoded(n * d), scales(n * d / group_size), x(d), y(n);
   std::vector<uint8_t> packed(n * d / 2);
   for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(i % 37) - 18.0f;
-  const squish::cpu::LinearKernels<float>& linear = squish::cpu::selection().kernels->linear;
+  const squish::cpu::LinearKernels<float>& linear = *squish::cpu::selection().path->linear;
   std::vector<float> activations(squish::cpu::packed_elements(linear, d));
   squish::cpu::pack_activations(linear, x.data(), 1, d, d, d, 0, 1, activations.data());
   std::vector<std::thread> pool;
@@ -24,8 +24,16 @@ int main(int argc, char** argv) {
                           scales.data());
       squish_nf4_dequantize(packed.data(), scales.data(), n, d, group_size, first, last, SQUISH_NF4_FLOAT32,
                             decoded.data());
-      const squish::cpu::LinearTask<float, float> task{
-          linear, packed.data(), scales.data(), d, group_size, activations.data(), 1, nullptr, y.data(), n};
+      const squish::cpu::LinearTask<float, float> task{.kernels = linear,
+                                                       .packed = packed.data(),
+                                                       .scales = scales.data(),
+                                                       .columns = d,
+                                                       .group_size = group_size,
+                                                       .x = activations.data(),
+                                                       .m = 1,
+                                                       .bias = nullptr,
+                                                       .y = y.data(),
+                                                       .y_stride = n};
       std::vector<char> scratch(squish::cpu::linear_scratch_bytes<float>(1));
       squish::cpu::linear_rows(task, first, last, scratch.data());
     });

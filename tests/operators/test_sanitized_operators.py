@@ -17,6 +17,8 @@ from tests.support import ROOT, processes
 from tests.support.compiling import COMPILER
 from tests.support.helpers import require
 
+pytestmark = pytest.mark.builds
+
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=vptr"
 # What calls operators, in one process. Left out: what compiles in workers of its own, what forks, what measures.
 TESTS = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
@@ -74,8 +73,15 @@ def test_patience_ends_the_rounds_but_not_before_five() -> None:
 
 
 def test_a_very_slow_candidate_takes_part_in_five_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "VERY_SLOW", 0.01)
-    times = timing.alternate({"a": lambda _: None, "b": lambda _: time.sleep(0.02)}, 9)
+    now = 0.0
+
+    def take(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    limit = timing.VERY_SLOW
+    times = timing.alternate({"a": lambda _: take(limit / 2), "b": lambda _: take(limit * 2)}, 9)
     assert (times.rounds("a"), times.rounds("b")) == (9, 5)
 
 
@@ -143,6 +149,7 @@ def loops() -> limits.Limits:
     return found
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("streaming", [False, True])
 def test_store_loop_writes_every_byte_of_whole_lines(loops: limits.Limits, streaming: bool) -> None:
     out = torch.zeros(64, 1024, dtype=torch.uint8)
@@ -150,6 +157,7 @@ def test_store_loop_writes_every_byte_of_whole_lines(loops: limits.Limits, strea
     assert bool((out == 1).all())
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("streaming", [False, True])
 def test_read_and_store_loop_reads_every_byte_and_writes_every_byte(loops: limits.Limits, streaming: bool) -> None:
     out_bytes, ratio, line = 1 << 14, 8, 64
@@ -163,6 +171,7 @@ def test_read_and_store_loop_reads_every_byte_and_writes_every_byte(loops: limit
     assert torch.equal(out, mixed.flatten())
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_loop_that_reads_less_than_it_writes_reads_every_byte_too(loops: limits.Limits, streaming: bool) -> None:
     source, ratio, line = torch.randint(0, 256, (1 << 13,), dtype=torch.uint8), 8, 64
@@ -286,6 +295,7 @@ def widened(records: Iterable[Record]) -> list[Record]:
     return found
 
 
+@pytest.mark.builds
 def test_every_suite_runs_to_a_page(tmp_path: Path) -> None:
     suites = ["codec", "linear", "backward", "overhead", "growth", "conversion", "checkpoint", "imports"]
     run_python(TINY, *suites, *OPTIONS, "--output", tmp_path)
@@ -303,6 +313,7 @@ def test_every_suite_runs_to_a_page(tmp_path: Path) -> None:
     assert {text for text in unmeasured if not text.startswith("MiniLM")} == set()
 
 
+@pytest.mark.builds
 def test_suite_of_the_model_runs(tmp_path: Path) -> None:
     require_minilm()
     run_python(TINY, "model", *OPTIONS, "--output", tmp_path)
@@ -312,6 +323,7 @@ def test_suite_of_the_model_runs(tmp_path: Path) -> None:
     assert all(goal.measure(wide) is not None for goal in GOALS if goal.text.startswith("MiniLM"))
 
 
+@pytest.mark.builds
 def test_forced_path_is_the_one_that_runs(tmp_path: Path) -> None:
     run_python(TINY, "overhead", *OPTIONS, "--output", tmp_path, "--isa", "scalar")
     assert {record.isa for record in read(tmp_path / "records.jsonl")} == {"scalar"}

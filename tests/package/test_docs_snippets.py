@@ -36,6 +36,7 @@ def test_a_model_is_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run("docs/saving.md", code)
 
 
+@pytest.mark.compiles
 @pytest.mark.usefixtures("inductor")
 def test_a_model_is_compiled_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

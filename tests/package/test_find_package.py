@@ -13,6 +13,7 @@ from tests.support.cpp_programs import required_cmake
 from tests.support.helpers import require
 from tests.support.processes import run
 
+pytestmark = pytest.mark.builds
 PREFIX = Path(squish_nf4.cmake_prefix_path())
 TORCH = Path(torch.__file__).resolve().parent
 ADVICE = (

@@ -12,12 +12,14 @@ import torch
 from torch.export import Dim, export
 
 import squish_nf4
-from squish_nf4.commands.demo.run import model_folder
+from squish_nf4.commands.demo.model import model_folder
 from tests.support import ROOT, processes
 from tests.support.compiling import NATIVE
 from tests.support.cpp_programs import build_without_cmake, required_cmake
 from tests.support.models import eager_minilm, minilm_calls, quantized_llama, require_minilm, some_tokens
 from tests.support.processes import squish
+
+pytestmark = pytest.mark.builds
 
 PACKAGE = Path(squish_nf4.__file__).parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -58,7 +60,7 @@ def test_a_scripted_llama_gives_pythons_bits(run: Run, llama: torch.nn.Module, t
         torch.save(x, tmp_path / "x.pt")
         done = run("script_app", tmp_path / "llama.pt", tmp_path / "x.pt", tmp_path / "y.pt", 3)
         assert done.returncode == 0, done.stderr
-        assert float(done.stdout) > 0
+        assert float(done.stdout) >= 0
         assert torch.equal(torch.load(tmp_path / "y.pt"), llama(x))
 
 

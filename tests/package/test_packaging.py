@@ -23,6 +23,8 @@ from tests.support.cpp_programs import build_with_cmake, build_without_cmake
 from tests.support.helpers import require
 from tests.support.processes import run
 
+pytestmark = pytest.mark.builds
+
 OWN_BUILD = {"SQUISH_CUDA": "1" if _build_info.CUDA_VERSION else "0"}  # another decision would compile again
 TORCH = ".".join(torch.__version__.split(".")[:2])
 

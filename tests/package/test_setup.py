@@ -378,6 +378,7 @@ def test_cuda_library_holds_every_architecture() -> None:
     )
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_120"])
 def test_kernels_compile_for_the_oldest_and_the_newest(architecture: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,21 @@ def test_every_folder_with_python_files_is_a_package() -> None:
 
 def test_every_test_lies_in_a_folder() -> None:
     assert list(TESTS.glob("test_*.py")) == []
+
+
+SLOW = {
+    "builds": re.compile(r"import .*\b(compile_objects|link|required_cmake|build_with_cmake|build_without_cmake)\b"),
+    "compiles": re.compile(r"\"inductor\"|inductor: None"),
+}
+
+
+@pytest.mark.parametrize("marker", SLOW)
+def test_what_builds_or_compiles_says_so(marker: str) -> None:
+    """`make test-fast` leaves it out by that."""
+    texts = {path: path.read_text() for path in TESTS.rglob("test_*.py") if path != Path(__file__)}
+    found = {path for path, text in texts.items() if SLOW[marker].search(text)}
+    assert len(found) > 2
+    assert {path for path in found if f"pytest.mark.{marker}" not in texts[path]} == set()
 
 
 def test_what_torchscript_compiles_keeps_its_annotations() -> None:

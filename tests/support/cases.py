@@ -1,13 +1,17 @@
-"""What the tests of the kernels are tried on: group sizes, shapes, and the neighbours of a float."""
+"""What tests are tried on: group sizes, shapes, the neighbours of a float, and how hypothesis makes examples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
+import hypothesis
 import numpy as np
 
 GROUP_SIZES = (1, 2, 3, 16, 32, 64, 100)
+EXAMPLES = hypothesis.settings(  # the same on every run, however long they take
+    database=None, deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 
 
 def shapes() -> Iterator[tuple[int, int, int]]:

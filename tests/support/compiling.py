@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,14 @@ EXACT = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{ROOT}")  # 
 
 def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+
+
+def code_without_comments(path: Path) -> str:
+    """The code of a C++ or Python file; a docstring is a comment."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return re.sub(r"#[^\n]*", "", re.sub(r'"""(.*?)"""', "", text, flags=re.DOTALL))
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
 
 
 def compile_objects(

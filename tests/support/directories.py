@@ -105,6 +105,10 @@ def write_small_dir(path: Path) -> Path:
     return write_foreign_dir(path, arrays, MANIFEST)
 
 
+def is_finished(path: Path) -> bool:
+    return (path / "tensors" / ".manifest_ready").exists()
+
+
 def compress(file: Path) -> Path:
     """Replaces NAME.npy by NAME.npy.zst."""
     target = file.with_name(f"{file.name}.zst")

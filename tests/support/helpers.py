@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import multiprocessing
 import os
@@ -15,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # each has all that stands before it
+from squish_nf4 import _C
+
+ISAS: tuple[str, ...] = tuple(_C.cpu_isas())
 
 
 def require(what: str, available: bool, why: str) -> None:
@@ -24,13 +27,23 @@ def require(what: str, available: bool, why: str) -> None:
         return
     if what in os.environ.get("SQUISH_REQUIRE", "").split(","):
         pytest.fail(f"SQUISH_REQUIRE names {what}, but {why}", pytrace=False)
-    pytest.skip(f"needs {what}: {why}")
+    pytest.skip(f"needs {what}: {why}", allow_module_level=True)
+
+
+def required_module(name: str) -> Any:
+    """A package that not every machine has; without it the test, or the file, is skipped."""
+    require(name, find_spec(name) is not None, f"the package {name} is not installed")
+    return importlib.import_module(name)
 
 
 def require_torch(minor: str, older: str) -> None:
     """Skip the test on a torch before ``minor`` ("2.13"); ``older`` says what such a torch cannot do."""
     wanted, found = (tuple(int(part) for part in text.split(".")[:2]) for text in (minor, torch.__version__))
     require(f"torch-{minor}", found >= wanted, f"torch {torch.__version__} {older}")
+
+
+def require_isa(isa: str) -> None:
+    require(isa, isa in _C.cpu_isas(available=True), f"this CPU's best path is {_C.cpu_isa()}")
 
 
 def require_transformers() -> None:

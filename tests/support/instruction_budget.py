@@ -25,9 +25,10 @@ from tests.support.processes import run
 
 STORED = Path(__file__).with_suffix(".json")
 EXECUTED_PATHS = ("scalar", "avx2")
+EXECUTED_FILES = ("scalar.cpp", "avx2_codec.cpp", "avx2_linear.cpp")
 EXECUTED = tuple(product(EXECUTED_PATHS, ("quantize", "dequantize", "linear", "odd")))
 WEIGHTS = 64 * 1024  # of tests/native/one_kernel.cpp
-RUNS = int(re.findall(r"kRuns = (\d+);", (ROOT / "csrc" / "cpu" / "kernels.h").read_text())[0])
+RUNS = int(re.findall(r"kRuns = (\d+);", (ROOT / "csrc" / "cpu" / "linear.h").read_text())[0])
 
 
 class Count(NamedTuple):
@@ -72,7 +73,7 @@ class Linear:
 
     def counts(self, built: Mapping[str, Function]) -> Iterator[tuple[str, Count]]:
         for name, function in built.items():
-            if re.match(rf"(multiply_rows|multiply_few|multiply_block|decode_rows)<{self.registers}\b", name):
+            if re.match(rf"(dot_products|decode_and_multiply|multiply_decoded|decode_rows)<{self.registers}\b", name):
                 yield from self.counts_of_loops(function)
 
     def counts_of_loops(self, function: Function) -> Iterator[tuple[str, Count]]:
@@ -108,7 +109,7 @@ def kernels() -> Iterator[Codec | Linear]:
                 function = f"decode_columns<{path}Path, (Stores){number}, {name}>"
                 yield Codec(f"{path.lower()} decode {dtype}{stores}", function, marker, weights)
     for m in range(1, 5):  # two planes of bytes, each looked up for 32 columns
-        yield Codec(f"avx2 linear int16: M={m}", f"avx2::multiply_row<{m}, false>", "vpshufb .*ymm", 16)
+        yield Codec(f"avx2 linear int16: M={m}", f"avx2::dot_products_of_row<{m}, false>", "vpshufb .*ymm", 16)
     fma = r"vfmadd\d+ps "
     yield Linear("avx2 linear float32:", "Avx2Floats", 16, "vpermps .*ymm", fma, 8)
     yield Linear("avx512 linear float32:", "Avx512Floats", 32, "vpermps .*zmm", fma, 16)
@@ -142,7 +143,7 @@ def executed(program: Path, path: str, what: str, folder: Path) -> float:
 
 
 def compile_program(folder: Path) -> Path:
-    sources = [NATIVE / "one_kernel.cpp", *(ROOT / "csrc" / "cpu" / f"{path}.cpp" for path in EXECUTED_PATHS)]
+    sources = [NATIVE / "one_kernel.cpp", *(ROOT / "csrc" / "cpu" / name for name in EXECUTED_FILES)]
     return link(folder / "one_kernel", compile_objects(folder, sources, ["-O3"]))
 
 

@@ -181,7 +181,7 @@ def require_minilm() -> None:
 
 def eager_minilm() -> nn.Module:
     """Quantized as ``squish-nf4 export`` does it."""
-    from squish_nf4.commands.demo.run import model_folder
+    from squish_nf4.commands.demo.model import model_folder
     from squish_nf4.integrations import model_source
     from squish_nf4.integrations.offline import offline_and_quiet
 

@@ -90,11 +90,15 @@ def run_python(code: str, *args: Any, check: bool = True, cwd: Path = ROOT) -> s
 
 
 def squish(
-    *args: str | Path, cwd: Path = ROOT, without: tuple[Path, Iterable[str]] | None = None, **environment: str
+    *args: str | Path,
+    cwd: Path = ROOT,
+    stdout: int = subprocess.PIPE,
+    without: tuple[Path, Iterable[str]] | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """``python -m squish_nf4 ...``. without: an empty folder for the machinery, and the packages to hide."""
     code = (without[0], HIDE_PACKAGES.format(hidden=sorted(without[1]))) if without else None
-    return run([sys.executable, "-m", "squish_nf4", *args], cwd=cwd, sitecustomize=code, **environment)
+    return run([sys.executable, "-m", "squish_nf4", *args], cwd=cwd, stdout=stdout, sitecustomize=code, **environment)
 
 
 def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str, status: int = 1) -> None:

@@ -10,13 +10,13 @@ import torch
 
 from squish_nf4.torchscript import export, trial_program
 from squish_nf4.torchscript.calls import Call
-from squish_nf4.torchscript.trial import FreshRun
+from squish_nf4.torchscript.trial import Trial
 
 
-def run_here(file: Path, calls: Sequence[Call]) -> FreshRun:
-    """As squish_nf4.torchscript.trial.run_fresh, without a fresh process."""
+def run_here(file: Path, calls: Sequence[Call]) -> Trial:
+    """As squish_nf4.torchscript.trial.try_in_fresh_process, in this process."""
     module = torch.jit.load(file)
-    return FreshRun(tuple(trial_program.operators(str(file))), [trial_program.call(module, *call) for call in calls])
+    return Trial(tuple(trial_program.operators(str(file))), [trial_program.call(module, *call) for call in calls])
 
 
 def load(path: Path) -> Any:

@@ -15,9 +15,10 @@ from torch._subclasses import FakeTensorMode
 
 from squish_nf4 import NF4Linear, NF4Packer, export_torchscript
 from squish_nf4.torchscript import export as torchscript
-from squish_nf4.torchscript import trial as fresh_process
+from squish_nf4.torchscript import trial
 from squish_nf4.torchscript.calls import Call
-from squish_nf4.torchscript.trial import FreshRun, TorchScriptError
+from squish_nf4.torchscript.refusals import TorchScriptError
+from squish_nf4.torchscript.trial import Trial
 from tests.support.helpers import require, require_transformers
 from tests.support.models import quantized_llama, some_tokens
 from tests.support.scripts import load, run_here
@@ -142,7 +143,7 @@ def test_a_file_may_have_the_longest_name_and_that_of_one_of_ours(tmp_path: Path
 def test_a_process_that_cannot_load_the_file_is_an_error_and_leaves_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fresh_process, "library_path", lambda: "/no/such/library.so")
+    monkeypatch.setattr(trial, "library_path", lambda: "/no/such/library.so")
     with pytest.raises(TorchScriptError, match=r"cannot run the file: OSError: .*/no/such/library\.so"):
         export_torchscript(NF4Linear(64, 8).eval(), tmp_path / "m.pt", torch.randn(2, 64))
     assert list(tmp_path.iterdir()) == []
@@ -398,7 +399,7 @@ def test_rounding_is_allowed_and_stated_and_the_second_call_counts(
     which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def off_by(amount: float) -> Any:
-        def run(file: Path, calls: Sequence[Call]) -> FreshRun:
+        def run(file: Path, calls: Sequence[Call]) -> Trial:
             fresh = run_here(file, calls)
             output = fresh.outputs[which]
             assert not isinstance(output, str)
@@ -407,10 +408,10 @@ def test_rounding_is_allowed_and_stated_and_the_second_call_counts(
 
         return run
 
-    monkeypatch.setattr(torchscript, "run_fresh", off_by(2**-20))
+    monkeypatch.setattr(torchscript, "try_in_fresh_process", off_by(2**-20))
     report = export_torchscript(nn.Identity().eval(), tmp_path / "m.pt", torch.tensor([1.0, -2.0]))
     assert (report.same_bits, report.max_difference) == (False, 2**-20)
     assert "at most 9.54e-07 from eager" in str(report)
-    monkeypatch.setattr(torchscript, "run_fresh", off_by(0.5))
+    monkeypatch.setattr(torchscript, "try_in_fresh_process", off_by(0.5))
     with pytest.raises(TorchScriptError, match=["is wrong: ", "is wrong at the second call: "][which]):
         export_torchscript(nn.Identity().eval(), tmp_path / "m2.pt", torch.ones(2))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from squish_nf4 import NF4Linear, export_torchscript
-from squish_nf4.torchscript.trial import TorchScriptError
+from squish_nf4.torchscript.refusals import TorchScriptError
 from tests.support.scripts import load
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from squish_nf4._C import codebook
+from squish_nf4._C import codebook, unpack_indices
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
 from squish_nf4.checkpoint.values import WIDENED, Array, dtype_name, row_slices, to_numpy
 from squish_nf4.ops import quantize_nf4
@@ -86,21 +86,15 @@ def compare_indices(
 ) -> None:
     levels = np.array(codebook(), np.float32)
     rows, at_bytes = np.nonzero(a[0] != b[0])
-    nibbles_a, nibbles_b = (nibbles(packed[rows, at_bytes]) for packed, _ in (a, b))
-    differ = nibbles_a != nibbles_b
+    indices_a, indices_b = (unpack_indices(packed[rows, at_bytes]) for packed, _ in (a, b))
+    differ = indices_a != indices_b
     found.count += int(differ.sum())
     for place, half in np.argwhere(differ)[: found.room]:
         row, column = int(rows[place]), int(2 * at_bytes[place] + half)
-        i, j = int(nibbles_a[place, half]), int(nibbles_b[place, half])
+        i, j = int(indices_a[place, half]), int(indices_b[place, half])
         values = [float(levels[n] * s[row, column // group_size]) for n, (_, s) in ((i, a), (j, b))]
         at = np.unravel_index((first_row + row) * 2 * a[0].shape[1] + column, shape)
         found.first.append(Place(tuple(int(n) for n in at), i, j, *values))
-
-
-def nibbles(packed: Array) -> NDArray[np.uint8]:
-    """(n,) bytes to (n, 2) indices, the even column first."""
-    numbers = packed.astype(np.uint8, copy=False)
-    return np.stack([numbers & 15, numbers >> 4], axis=-1)
 
 
 def compare_scales(a: Array, b: Array, first_row: int, found: Differences) -> None:

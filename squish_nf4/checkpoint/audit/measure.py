@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from squish_nf4._C import boundaries, codebook
-from squish_nf4.checkpoint.audit.compare import nibbles
+from squish_nf4._C import boundaries, codebook, unpack_indices
 from squish_nf4.checkpoint.directory.stored_tensor import as_torch
 from squish_nf4.checkpoint.values import Array, row_slices, to_numpy
 from squish_nf4.ops import dequantize_nf4, relative_error
@@ -181,7 +180,7 @@ def measure(packed: Array, scales: Array, w: Tensor | None, recorded: float | No
     errors = GroupErrors(scales.shape)
     indices = np.zeros(16, np.int64)
     for some in row_slices(rows, columns, AT_ONCE):
-        used = nibbles(packed[some])
+        used = unpack_indices(packed[some])
         indices += np.bincount(used.reshape(-1), minlength=16)
         if w is None:
             errors.estimate(some, used, scales[some])

@@ -1,7 +1,7 @@
 """The output of a conversion while it is being written; recovery.py begins it, resumes it, or begins it anew.
 
 What holds at every moment, whatever ends the process: a file under its final name is whole, is on the disk, and stands
-in the journal; every other file of ours has the name of a part. So nothing is lost that the journal knows, and nothing
+in the journal; every other file of ours is a part file. So nothing is lost that the journal knows, and nothing
 is deleted that this tool did not write.
 """
 

@@ -89,28 +89,28 @@ def resume(path: Path, journal: Journal, header: Record) -> Output:
     compared = {"journal", "writer", "options", "shards"}  # "tensors" and "tied" follow from these
     if not removed_by(journal):  # else there is no way back, and what was removed matters more than a changed text
         compared.add("small_files")
-    refuse_changes(path, journal.header, {part: facts for part, facts in header.items() if part in compared})
+    refuse_changes(path, journal.header, {what: facts for what, facts in header.items() if what in compared})
     return recover(path, journal)
 
 
 def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Compares two headers and says what differs first."""
-    for part in now:
-        old, new = before.get(part), json.loads(json.dumps(now[part]))  # as it would come back from a file
+    for what in now:
+        old, new = before.get(what), json.loads(json.dumps(now[what]))  # as it would come back from a file
         if old == new:
             continue
         if isinstance(old, dict):
-            part = next(name for name in {**old, **new} if old.get(name) != new.get(name))
-            old, new = old.get(part), new.get(part)
+            what = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+            old, new = old.get(what), new.get(what)
         found = f": it was {old}, and is {new}" if len(f"{old}{new}") < 200 else ""
         raise ValueError(
-            f"{path} was begun with another {part}{found}; convert it as it was begun, or, if its source is still "
+            f"{path} was begun with another {what}{found}; convert it as it was begun, or, if its source is still "
             "whole, overwrite it"
         )
 
 
 def recover(path: Path, journal: Journal) -> Output:
-    """Clears what is replaced, settles what the journal holds, and removes the parts of what it does not."""
+    """Clears what is replaced, settles what the journal holds, and removes the part files of what it does not."""
     if journal.header.get("replaces") is not None and not any("cleared" in fact for fact in journal.facts):
         clear(path, journal.header["replaces"])
         journal.append([{"cleared": True}])

@@ -71,9 +71,9 @@ class NpyFile:
         require_memory(self.header.nbytes, "decompressed, it")
         raw = np.empty(self.header.nbytes, np.uint8)
         done = 0
-        while done < raw.size and (part := stream.read_some(raw.size - done)):
-            raw[done : done + len(part)] = np.frombuffer(part, np.uint8)
-            done += len(part)
+        while done < raw.size and (data := stream.read_some(raw.size - done)):
+            raw[done : done + len(data)] = np.frombuffer(data, np.uint8)
+            done += len(data)
         if done < raw.size:
             raise ValueError(f"declares {self.header}, {raw.size} bytes, and holds {done}")
         if stream.read(1):
@@ -153,40 +153,39 @@ def decompressed(file: BinaryIO) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
     frame = decompressor.decompressobj()
     begun = False
-    while piece := file.read(COMPRESSED_STEP):
-        while piece:
+    while taken := file.read(COMPRESSED_STEP):
+        while taken:
             begun = True
             try:
-                data = frame.decompress(piece)
+                data = frame.decompress(taken)
             except zstandard.ZstdError as error:
                 raise ValueError(f"is damaged: {error}") from error
             if data:
                 yield data
-            piece = b""
+            taken = b""
             if frame.eof:
-                piece, frame, begun = frame.unused_data, decompressor.decompressobj(), False
+                taken, frame, begun = frame.unused_data, decompressor.decompressobj(), False
     if begun:
         raise ValueError("is cut off: its last frame has no end")
 
 
 class ZstStream:
-    """The content of a .zst file, read a bounded piece at a time: a small file may claim to be a very large one."""
+    """The content of a .zst file, read a bounded step at a time: a small file may claim to be a very large one."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.pieces = decompressed(file)
+        self.contents = decompressed(file)
         self.rest = memoryview(b"")
 
     def read(self, n: int) -> bytes:
         """n bytes, fewer only at the end."""
-        parts = []
-        while n and (part := self.read_some(n)):
-            parts.append(part)
-            n -= len(part)
-        return b"".join(parts)
+        data = bytearray()
+        while len(data) < n and (some := self.read_some(n - len(data))):
+            data += some
+        return bytes(data)
 
     def read_some(self, most: int) -> memoryview:
         """One to most bytes, whatever is at hand; none only at the end."""
         if not self.rest:
-            self.rest = memoryview(next(self.pieces, b""))
-        part, self.rest = self.rest[:most], self.rest[most:]
-        return part
+            self.rest = memoryview(next(self.contents, b""))
+        some, self.rest = self.rest[:most], self.rest[most:]
+        return some

@@ -152,10 +152,10 @@ class StoredTensor:
         values = packed.new_empty(self.matrix_shape, dtype=dtype)
         rounded = dtype if dtype in COMPUTE_DTYPES else torch.float32
         rows = max(1, AT_ONCE // self.matrix_shape[1])
-        for part, *block in zip(*(torch.split(whole, rows) for whole in (values, packed, scales)), strict=True):
-            part.copy_(decoded(*block, dtype=rounded))
+        for target, *block in zip(*(torch.split(whole, rows) for whole in (values, packed, scales)), strict=True):
+            target.copy_(decoded(*block, dtype=rounded))
             if is_narrower(dtype, torch.float32) and bool(block[1].isfinite().all()):
-                refuse_lost(~is_finite(part), dtype)
+                refuse_lost(~is_finite(target), dtype)
         return values
 
     def cast(self, dtype: torch.dtype) -> Tensor:
@@ -164,10 +164,10 @@ class StoredTensor:
         if not tensor.is_floating_point() or tensor.dtype == dtype:
             return tensor
         values = torch.empty_like(tensor, dtype=dtype)
-        for part, block in zip(*(torch.split(whole.view(-1), AT_ONCE) for whole in (values, tensor)), strict=True):
-            part.copy_(block)
+        for target, block in zip(*(torch.split(whole.view(-1), AT_ONCE) for whole in (values, tensor)), strict=True):
+            target.copy_(block)
             if is_narrower(dtype, tensor.dtype):
-                refuse_lost(block.isfinite() & ~is_finite(part), dtype)
+                refuse_lost(block.isfinite() & ~is_finite(target), dtype)
         return values
 
 

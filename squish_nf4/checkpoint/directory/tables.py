@@ -97,7 +97,7 @@ def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_table(file: Path, table: Mapping[str, Any], draft: Path) -> None:
     """A JSON object in ASCII, whole or not at all: until it is, it is called draft."""
-    with draft.open("w", encoding="ascii") as writer:  # piece by piece: as one text it would be larger than the table
+    with draft.open("w", encoding="ascii") as writer:  # bit by bit: as one text it would be larger than the table
         writer.writelines(json.JSONEncoder(indent=2, ensure_ascii=True, allow_nan=False).iterencode(table))
     sync(draft)
     draft.replace(file)

@@ -14,8 +14,9 @@ Floats = NDArray[np.float64]
 class Agreement:
     """How close the NF4 embeddings are to the dense ones. Sentences 2k and 2k + 1 mean the same.
 
-    cosine: (sentences,) between the two embeddings of a sentence. dense, nf4: (sentences, sentences) similarities of
-    the sentences among each other, within each model.
+    Attributes:
+        cosine: (sentences,) between the two embeddings of a sentence.
+        dense, nf4: (sentences, sentences) similarities of the sentences among each other, within each model.
     """
 
     cosine: Floats
@@ -32,19 +33,24 @@ class Agreement:
 
     @property
     def rank_correlation(self) -> float:
-        """Spearman's, over all pairs of two sentences."""
+        """Spearman's correlation of the two models' similarities, over all pairs of two sentences."""
         pairs = np.triu_indices(len(self.cosine), 1)
         return float(np.corrcoef(ranks(self.dense[pairs]), ranks(self.nf4[pairs]))[0, 1])
 
     @staticmethod
     def partners_found(similarities: Floats) -> int:
-        """The sentences whose most similar other sentence is their paraphrase."""
+        """How many sentences have their paraphrase as the most similar other sentence."""
         others = similarities - 3 * np.eye(len(similarities))  # a cosine is at least -1
         return int((others.argmax(1) == np.arange(len(others)) ^ 1).sum())
 
 
+def agreement_of(dense: Floats, nf4: Floats) -> Agreement:
+    """Compare two models' embeddings of the same sentences: (sentences, width), each row of length one."""
+    return Agreement((dense * nf4).sum(1), dense @ dense.T, nf4 @ nf4.T)
+
+
 def ranks(values: Floats) -> Floats:
-    """1 for the smallest; equal values share the mean of their ranks."""
+    """The rank of each value, 1 for the smallest; equal values share the mean of their ranks."""
     _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum()
     return np.asarray((last - (counts - 1) / 2)[index], dtype=np.float64)

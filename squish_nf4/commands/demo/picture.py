@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from squish_nf4.commands.drawing import BLUE, FAINT, GAUSSIAN_ERROR, GREY, ORANGE, STYLE, quiet_matplotlib
+
 if TYPE_CHECKING:
     from squish_nf4.commands.demo.agreement import Agreement
     from squish_nf4.model import LayerReport, QuantizeReport
-
-# Okabe and Ito's colours: told apart with every kind of colour vision, and in grey.
-BLUE, ORANGE, GREY, FAINT, INK = "#0072B2", "#D55E00", "#8C8C8C", "#E4E4E4", "#222222"
-GAUSSIAN_ERROR = {16: 0.081, 32: 0.087, 64: 0.092}  # of NF4 on normal weights, by group size
 
 ROLES = {
     "attention.self.query": "query",
@@ -25,32 +22,11 @@ ROLES = {
     "intermediate.dense": "up",
     "output.dense": "down",
 }
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 22,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-}
 
 
 def draw(path: Path, quantized: QuantizeReport, agreement: Agreement) -> Path:
-    """Writes a PNG of 2100 x 1350 pixels and returns its path."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of matplotlib's dependencies, about each other
-        import matplotlib
-        from matplotlib.figure import Figure  # not pyplot: no backend is chosen, nothing global is touched
-
+    """Write a PNG of 2100 x 1350 pixels; returns its path."""
+    matplotlib, Figure = quiet_matplotlib()  # noqa: N806
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(14, 9), dpi=150, facecolor="white")
         grid = figure.add_gridspec(1, 3, width_ratios=(1, 1, 2.15), left=0.115, right=0.985, top=0.82, bottom=0.075)
@@ -82,18 +58,19 @@ def draw_head(figure: Any, quantized: QuantizeReport, agreement: Agreement) -> N
 
 
 def positions(layers: tuple[LayerReport, ...]) -> Any:
-    """From the top down, with a gap between the blocks of the encoder."""
+    """Where each layer's bar is: from the top down, with a gap between the blocks of the encoder."""
     blocks = [block_of(layer.name) for layer in layers]
     begins = np.array([False] + [above != below for above, below in pairwise(blocks)])
     return np.arange(len(layers)) + 0.8 * begins.cumsum()
 
 
 def block_of(name: str) -> str:
-    """ "layer.3.attention.self.query" -> "3"."""
+    """The number of a layer's block: "3" of "layer.3.attention.self.query"."""
     return next((part for part in name.split(".") if part.isdigit()), "")
 
 
 def role_of(name: str) -> str:
+    """What a layer does in its block: "query" for "layer.3.attention.self.query"."""
     role = name.split(f".{block_of(name)}.")[-1]
     return ROLES.get(role, role)
 

@@ -1,4 +1,4 @@
-"""The demo's report on the terminal."""
+"""What ``squish-nf4 demo`` prints."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from rich.table import Table
 
 from squish_nf4 import _C
 from squish_nf4.checkpoint.audit.measure import entropy_of
-from squish_nf4.commands import print_convert as convert_report
-from squish_nf4.commands import terminal
+from squish_nf4.commands import print_convert, terminal
 from squish_nf4.commands.demo.agreement import Agreement, Floats
 from squish_nf4.commands.demo.run import Conversion, DemoReport, Seconds
 from squish_nf4.commands.terminal import count, duration, size
 
 
-def print_report(report: DemoReport) -> None:
+def print_demo(report: DemoReport) -> None:
+    """Print the comparison, the conversion, and where the files are."""
     out = terminal.console()
     out.print()
     out.print(comparison(report))
@@ -26,9 +26,9 @@ def print_report(report: DemoReport) -> None:
     out.print()
     conversion = report.conversion
     out.print(
-        convert_report.kinds(conversion.report, title="Its checkpoint, as [cyan]squish-nf4 convert --nf4[/] writes it")
+        print_convert.kinds(conversion.report, title="Its checkpoint, as [cyan]squish-nf4 convert --nf4[/] writes it")
     )
-    out.print(convert_report.reasons(conversion.report))
+    out.print(print_convert.reasons(conversion.report))
     out.print(
         f"  Written in {duration(conversion.report.seconds)}, verified in "
         f"{duration(conversion.verification.seconds)}: {verdict(conversion)}"
@@ -46,6 +46,7 @@ def print_report(report: DemoReport) -> None:
 
 
 def comparison(report: DemoReport) -> Table:
+    """A table: the dense model and the NF4 one in bytes, in what they say, in time."""
     agreement = report.agreement
     title = f"The sentence model all-MiniLM-L6-v2 and {report.sentences} sentences"
     table = terminal.plain_table("", "dense", "NF4", "", title=title)
@@ -57,7 +58,9 @@ def comparison(report: DemoReport) -> Table:
     table.add_row("cosine of a sentence's two embeddings, mean", "1", f"{agreement.mean_cosine:.4f}", "")
     table.add_row("the same, worst", "1", f"{agreement.worst_cosine:.4f}", "")
     table.add_row("rank correlation of sentence similarities", "1", f"{agreement.rank_correlation:.4f}", "")
-    table.add_row("paraphrase is the nearest sentence", *(found(s) for s in (agreement.dense, agreement.nf4)), "")
+    table.add_row(
+        "paraphrase is the nearest sentence", *(partners_found(s) for s in (agreement.dense, agreement.nf4)), ""
+    )
     table.add_section()
     table.add_row("time for all, in one batch", *times(report.in_one_batch))
     table.add_row("time for all, one by one", *times(report.one_by_one))
@@ -68,7 +71,7 @@ def smaller(before: int, after: int) -> str:
     return f"[green]{before / after:.1f} x smaller[/]"
 
 
-def found(similarities: Floats) -> str:
+def partners_found(similarities: Floats) -> str:
     return f"{Agreement.partners_found(similarities)} of {len(similarities)}"
 
 

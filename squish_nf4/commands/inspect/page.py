@@ -84,7 +84,11 @@ WORST_HEADS = ("tensor", "row", "columns", "scale", "relative error", "share of 
 
 
 def write_page(report: Inspection, path: Path) -> Path:
-    """One file, which replaces an earlier one. ModuleNotFoundError: matplotlib is not installed."""
+    """Write the page as one file, which replaces an earlier one; returns its path.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     page = render(report)
     path.write_text(page, encoding="utf-8")
     return path
@@ -150,7 +154,7 @@ def tables(report: Inspection) -> str:
 
 
 def table(title: str, heads: Sequence[str], rows: Sequence[str]) -> str:
-    """A section that can be sorted; nothing without rows."""
+    """A section with a table that can be sorted; nothing without rows."""
     if not rows:
         return ""
     head = "".join(f'<th scope="col"><button>{name}</button></th>' for name in heads)
@@ -194,12 +198,12 @@ def nf4_row(tensor: Inspected, numbers: Nf4Numbers) -> str:
 
 
 def breakable(name: str) -> str:
-    """Lines may end behind its dots."""
+    """A tensor's name in HTML, in which a line may end behind a dot."""
     return escape(name).replace(".", ".<wbr>")
 
 
 def cell(text: str, key: object = None) -> str:
-    """key: what to sort by, where the text does not do."""
+    """A cell of a table; ``key`` is what to sort by, where the text does not do."""
     return f"<td>{text}</td>" if key is None else f'<td data-key="{escape(str(key))}">{text}</td>'
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +13,12 @@ import numpy as np
 from squish_nf4 import _C
 from squish_nf4.checkpoint.audit.inspection import Inspection
 from squish_nf4.checkpoint.audit.measure import ERROR_EDGES
+from squish_nf4.commands.drawing import GAUSSIAN_ERROR, quiet_matplotlib
 from squish_nf4.commands.terminal import size
 
 # Stand-ins for the page's custom properties: matplotlib wants colours, and writes each as it is given.
 COLOURS = {"#010101": "--ink", "#020202": "--muted", "#030303": "--faint", "#040404": "--accent", "#050505": "--warm"}
 INK, MUTED, FAINT, ACCENT, WARM = COLOURS
-GAUSSIAN_ERROR = {8: 0.0716, 16: 0.0810, 32: 0.0873, 64: 0.0919}  # of NF4 on normal weights, by group size
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -61,11 +60,8 @@ def draw_all(report: Inspection) -> dict[str, str]:
 
 
 def as_svg(title: str, draw: Draw, report: Inspection) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of matplotlib's dependencies, about each other
-        import matplotlib
-        from matplotlib.figure import Figure  # not pyplot: no backend is chosen, nothing global is touched
-
+    """One plot as SVG whose colours are the page's custom properties."""
+    matplotlib, Figure = quiet_matplotlib()  # noqa: N806
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):  # the same page for the same numbers
         figure = Figure(figsize=(5.6, 3.0), layout="constrained")
         draw(figure.add_subplot(), report)
@@ -79,7 +75,7 @@ def as_svg(title: str, draw: Draw, report: Inspection) -> str:
 
 
 def draw_bytes(axes: Any, report: Inspection) -> None:
-    """A bar for what is in NF4, and one for each dtype of the kept."""
+    """Draw a bar for what is in NF4, and one for each dtype of the kept."""
     groups: defaultdict[str, int] = defaultdict(int)
     for tensor in report.owned:
         groups["NF4" if tensor.nf4 else f"kept, {tensor.stored_as}"] += tensor.nbytes
@@ -97,7 +93,7 @@ def draw_bytes(axes: Any, report: Inspection) -> None:
 
 
 def draw_levels(axes: Any, report: Inspection) -> None:
-    """At the place of each level, so that one sees how close they lie to each other."""
+    """Draw a bar at the place of each level, so that one sees how close they lie to each other."""
     shares = np.array(report.indices) / max(1, sum(report.indices))
     axes.grid(axis="y")
     axes.bar(_C.codebook(), 100 * shares, width=0.055, color=ACCENT)
@@ -107,6 +103,7 @@ def draw_levels(axes: Any, report: Inspection) -> None:
 
 
 def draw_errors(axes: Any, report: Inspection) -> None:
+    """Draw a dot for each tensor, and a line where normal weights would be."""
     errors = [numbers.relative_rms for _, numbers in report.in_nf4]
     axes.grid(axis="y")
     axes.scatter(range(1, len(errors) + 1), errors, s=16, color=ACCENT, zorder=3)
@@ -125,7 +122,7 @@ def draw_errors(axes: Any, report: Inspection) -> None:
 
 
 def draw_groups(axes: Any, report: Inspection) -> None:
-    """Of all tensors together."""
+    """Draw how often each relative error occurs within a group, over all tensors."""
     counts = np.sum([numbers.group_errors for _, numbers in report.in_nf4], axis=0)
     shares = counts / max(1, counts.sum())
     middles = (ERROR_EDGES[:-1] + ERROR_EDGES[1:]) / 2
@@ -138,7 +135,7 @@ def draw_groups(axes: Any, report: Inspection) -> None:
 
 
 def draw_reference(axes: Any, y: float, text: str) -> None:
-    """A line to compare with, and what it is, right of the axes."""
+    """Draw a line to compare with, and write what it is right of the axes."""
     axes.axhline(y, color=WARM, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
     axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), color=WARM, va="center")
 

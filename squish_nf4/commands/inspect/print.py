@@ -26,7 +26,8 @@ WHERE_FROM = {
 }
 
 
-def print_report(report: Inspection) -> None:
+def print_inspection(report: Inspection) -> None:
+    """Print the tables, and a summary of a few lines."""
     out = terminal.console()
     if report.in_nf4:
         out.print(nf4_table(report, out.width, bars="utf" in out.encoding.lower()))
@@ -38,7 +39,7 @@ def print_report(report: Inspection) -> None:
 
 
 def nf4_table(report: Inspection, width: int, bars: bool) -> Table:
-    """Every tensor in NF4. Columns that do not fit beside a name of usual length are left out; JSON has them all."""
+    """A table of every tensor in NF4, without the columns that do not fit beside a usual name; JSON has all."""
     columns: dict[str, Callable[[Inspected, Nf4Numbers], str]] = {
         "group": lambda tensor, numbers: "tied" if tensor.tied_to else str(numbers.group_size),
         "bits": lambda tensor, _: f"{tensor.bits_per_weight:.2f}",
@@ -59,7 +60,7 @@ def nf4_table(report: Inspection, width: int, bars: bool) -> Table:
 
 
 def kept_table(report: Inspection) -> Table:
-    """By dtype; the page and JSON list every one."""
+    """A table of the kept tensors by dtype; the page and JSON list every one."""
     groups: defaultdict[str, list[Inspected]] = defaultdict(list)
     for tensor in report.owned:
         if not tensor.nf4:
@@ -83,13 +84,13 @@ def decibels(numbers: Nf4Numbers) -> str:
 
 
 def sparkline(counts: Sequence[int]) -> str:
-    """One bar a level, from -1 to 1."""
+    """Characters as bars, one a level, from -1 to 1."""
     most = max(counts) or 1
     return "".join(BARS[round((len(BARS) - 1) * n / most)] for n in counts)
 
 
 def worst_groups(report: Inspection) -> Table:
-    """Of the five tensors of the largest errors the group that makes the most of it; of one tensor alone its five."""
+    """A table: the worst group of each of the five tensors with the largest errors, or five of the only tensor."""
     ranked = sorted(report.in_nf4, key=lambda pair: -pair[1].relative_rms)[:5]
     table = terminal.plain_table(
         f"worst group, {report.groups}", "row", "columns", "scale", "rel. RMS", "share of error"
@@ -122,7 +123,7 @@ def print_json(report: Inspection) -> None:
 
 
 def as_json(report: Inspection) -> dict[str, Any]:
-    """Plain numbers, lists and dicts; what has no number (infinity, an unknown cosine) is null."""
+    """The report in plain numbers, lists and dicts; what has no number (infinity, an unknown cosine) is None."""
     tensors = [
         {
             **asdict(tensor),

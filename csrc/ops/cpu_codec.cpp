@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "csrc/ops/checks.h"
-#include "csrc/ops/cpu_rows.h"
+#include "csrc/ops/cpu_matrix.h"
 
 namespace squish::ops {
 namespace {
@@ -25,7 +25,7 @@ void encode(cpu::Encode<T> kernel, const Tensor& w, int64_t group_size, const Te
 std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size) {
   at::AutoDispatchBelowADInplaceOrView below;
   check_weight(weight, group_size);
-  const cpu::Kernels& kernels = *selected().kernels;
+  const cpu::Path& path = selected();
   // Rows may lie anywhere; only the columns of a row must be neighbours.
   const Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
   const int64_t n = w.size(0), d = w.size(1);
@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size
   Tensor scales = at::empty({n, d / group_size}, w.options().dtype(at::kFloat));
   with_weight_type(w.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    encode<T>(cpu::encode_kernel<T>(kernels), w, group_size, packed, scales);
+    encode<T>(path.codec<T>().encode, w, group_size, packed, scales);
   });
   return {std::move(packed), std::move(scales)};
 }
@@ -42,9 +42,9 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& scales, int64_t group_
                       std::optional<at::ScalarType> dtype) {
   at::AutoDispatchBelowADInplaceOrView below;
   check_dequantize(packed, scales, group_size, dtype);
-  const cpu::Kernels& kernels = *selected().kernels;
+  const cpu::Path& path = selected();
   Tensor out = at::empty({packed.size(0), packed.size(1) * 2}, packed.options().dtype(dtype.value_or(at::kFloat)));
-  decode_matrix(kernels, packed.contiguous(), scales.contiguous(), group_size, out);
+  decode_matrix(path, packed.contiguous(), scales.contiguous(), group_size, out);
   return out;
 }
 
@@ -53,8 +53,7 @@ Tensor& dequantize_nf4_out(const Tensor& packed, const Tensor& scales, int64_t g
   check_dequantize_out(packed, scales, group_size, out);
   at::assert_no_overlap(out, packed);
   at::assert_no_overlap(out, scales);
-  decode_matrix(*selected().kernels, packed.contiguous(), scales.contiguous(), group_size, out,
-                stores_for(out, group_size));
+  decode_matrix(selected(), packed.contiguous(), scales.contiguous(), group_size, out, stores_for(out, group_size));
   return out;
 }
 
@@ -62,10 +61,10 @@ Tensor& dequantize_nf4_out(const Tensor& packed, const Tensor& scales, int64_t g
 Tensor survey_nf4(const Tensor& weight, const Tensor& packed, const Tensor& scales, int64_t group_size) {
   at::AutoDispatchBelowADInplaceOrView below;
   check_survey(weight, packed, scales, group_size);
-  const cpu::Kernels& kernels = *selected().kernels;
+  const cpu::Path& path = selected();
   const Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
   const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
-  const int64_t n = w.size(0), d = w.size(1), groups = scale.size(1);
+  const int64_t n = w.size(0), d = w.size(1), row_bytes = bytes.size(1), groups = scale.size(1);
   Tensor result = at::empty({n, 4}, w.options().dtype(at::kDouble));
   with_weight_type(w.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -73,16 +72,17 @@ Tensor survey_nf4(const Tensor& weight, const Tensor& packed, const Tensor& scal
     const uint8_t* byte = bytes.const_data_ptr<uint8_t>();
     const float* factor = scale.const_data_ptr<float>();
     double* out = result.mutable_data_ptr<double>();
-    parallel_for(0, n, std::max<int64_t>(1, kColumnsPerThread / std::max<int64_t>(d, 1)),
-                 [&](int64_t begin, int64_t end) {
-                   const cpu::DefaultFloatEnvironment environment;
-                   for (int64_t row = begin; row < end; ++row) {
-                     const cpu::RowSurvey found = cpu::survey_kernel<T>(kernels)(
-                         values + row * w.stride(0), byte + row * (d / 2), factor + row * groups, d, group_size);
-                     const double numbers[] = {found.largest, found.sum, found.square, found.squared_error};
-                     std::copy_n(numbers, 4, out + 4 * row);
-                   }
-                 });
+    const auto survey = path.codec<T>().survey;
+    parallel_for(
+        0, n, std::max<int64_t>(1, kColumnsPerThread / std::max<int64_t>(d, 1)), [&](int64_t begin, int64_t end) {
+          const cpu::DefaultFloatEnvironment environment;
+          for (int64_t row = begin; row < end; ++row) {
+            const cpu::RowSurvey found =
+                survey(values + row * w.stride(0), d, byte + row * row_bytes, factor + row * groups, group_size);
+            const double numbers[] = {found.largest, found.sum, found.square, found.squared_error};
+            std::copy_n(numbers, 4, out + 4 * row);
+          }
+        });
   });
   return result;
 }

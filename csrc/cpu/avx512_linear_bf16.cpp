@@ -1,11 +1,8 @@
 // The linear layer in bfloat16 where the processor multiplies it (AVX512_BF16): two products and their sum in one
-// instruction, added to a float32. 64 columns a step. Everything else of the avx512_bf16 path is avx512.cpp's.
+// instruction, added to a float32. 64 columns a step. Everything else of the avx512_bf16 path is that of avx512.
 #if defined(__x86_64__)
 
-#include "csrc/cpu/kernels.h"
-#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
-#include "csrc/nf4/codec.h"
 
 SQUISH_TARGET_REGION("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #include "csrc/cpu/avx512.h"
@@ -102,14 +99,7 @@ struct Avx512BFloats {
 
 }  // namespace
 
-constinit const LinearKernels<BFloat16> kAvx512Bf16Linear = {
-    2 * Avx512BFloats::kLanes,
-    2 * Avx512BFloats::kLanes,
-    Avx512BFloats::kBlock,
-    nullptr,
-    {&pack_rows<Avx512BFloats, BFloat16>},
-    &multiply_rows<Avx512BFloats>,
-};
+constinit const LinearKernels<BFloat16> kAvx512Bf16Linear = linear_kernels_of<Avx512BFloats, BFloat16>();
 
 }  // namespace squish::cpu
 SQUISH_END_TARGET_REGION

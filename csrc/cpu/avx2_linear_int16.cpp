@@ -1,5 +1,5 @@
 // Few 16-bit activations on AVX2, multiplied in int16: two byte look-ups make a level, one instruction multiplies and
-// adds pairs. Up to twice as fast as the float32 registers of avx2.cpp, and far more exact than bfloat16
+// adds pairs. Up to twice as fast as the float32 registers of avx2_linear.cpp, and far more exact than bfloat16
 // (docs/numerics.md).
 //
 // Levels are kLevelOne-ths and activations kActivationOne-ths of the largest magnitude of their 64 columns. A lane adds
@@ -8,18 +8,14 @@
 
 #include <array>
 #include <cmath>
-#include <cstring>
 
-#include "csrc/cpu/kernels.h"
-#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
-#include "csrc/nf4/codec.h"
 
 namespace squish::cpu::avx2 {
 namespace {
 
 constexpr int64_t kStep = 64;
-constexpr int kMostActivations = kMostInt16Activations;
+constexpr int kMostActivations = 4;
 constexpr int64_t kScaleElements = sizeof(float) / sizeof(int16_t);  // after the activations of each step: their scale
 constexpr int32_t kLevelOne = 1 << 14, kActivationOne = 1 << 13;     // powers of two: small whole numbers are exact
 static_assert(int64_t{8} * kLevelOne * kActivationOne < int64_t{1} << 31, "eight products fit an int32");
@@ -73,7 +69,7 @@ inline Levels decode(const uint8_t* packed) {
 }
 
 // The products of a step, summed in each of eight lanes.
-inline __m256 multiply(const Levels& levels, const int16_t* x) {
+inline __m256 products_of_a_step(const Levels& levels, const int16_t* x) {
   __m256i product[4];
   for (int i = 0; i < 4; ++i)
     product[i] = _mm256_madd_epi16(levels.half[i], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x) + i));
@@ -81,7 +77,7 @@ inline __m256 multiply(const Levels& levels, const int16_t* x) {
       _mm256_add_epi32(_mm256_add_epi32(product[0], product[1]), _mm256_add_epi32(product[2], product[3])));
 }
 
-// Of the step's columns 2j, or 2j + 1, in the order in which `multiply` unpacks them: bytes 0-7, 16-23, 8-15, 24-31.
+// Of the step's columns 2j, or 2j + 1, in the order in which `look_up` unpacks them: bytes 0-7, 16-23, 8-15, 24-31.
 constexpr int64_t place_of(int64_t j) {
   constexpr int64_t kQuarters[] = {0, 2, 1, 3};
   return kQuarters[j / 8] * 8 + j % 8;
@@ -108,8 +104,8 @@ void pack(const T* x, int64_t, int64_t d, int64_t, int64_t columns, int16_t* out
 // M activations, `x_stride` apart. kTwo: two groups in a step, one in each half of the lanes; otherwise a group is
 // whole steps.
 template <int M, bool kTwo>
-void multiply_row(const RowOfEachRun& rows, int64_t columns, int64_t group_size, const int16_t* x, int64_t x_stride,
-                  int64_t stride, float* sums) {
+void dot_products_of_row(const RowOfEachRun& rows, int64_t columns, int64_t group_size, const int16_t* x,
+                         int64_t x_stride, int64_t stride, float* sums) {
   __m256 sum[M][kRuns] = {};
   for (int64_t start = 0, group = 0; start < columns; start += kStep, x += kStep + kScaleElements) {
     for (int run = 0; run < kRuns; ++run) {
@@ -123,7 +119,7 @@ void multiply_row(const RowOfEachRun& rows, int64_t columns, int64_t group_size,
         float x_scale;
         std::memcpy(&x_scale, xi + kStep, sizeof x_scale);
         // One scale after the other: the product of two small ones would be lost.
-        const __m256 product = _mm256_mul_ps(multiply(levels, xi), _mm256_set1_ps(x_scale));
+        const __m256 product = _mm256_mul_ps(products_of_a_step(levels, xi), _mm256_set1_ps(x_scale));
         sum[i][run] = _mm256_fmadd_ps(product, w_scale, sum[i][run]);
       }
     }
@@ -133,19 +129,45 @@ void multiply_row(const RowOfEachRun& rows, int64_t columns, int64_t group_size,
   for (int i = 0; i < M; ++i) store_four(sums + i * stride, avx2::totals(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
 }
 
-void multiply_rows(const RowRuns& runs, int64_t columns, int64_t group_size, const int16_t* x, int64_t m, int16_t*,
-                   float* sums) {
+void dot_products(const RowRuns& runs, int64_t columns, int64_t group_size, const int16_t* x, int64_t m, int16_t*,
+                  float* sums) {
   const int64_t x_stride = columns / kStep * (kStep + kScaleElements), stride = runs.rows * kRuns;
   with_constant<kMostActivations>(m, [&](auto constant) {
-    const auto multiply_one = group_size % kStep == 0 ? &multiply_row<constant, false> : &multiply_row<constant, true>;
+    const auto compute =
+        group_size % kStep == 0 ? &dot_products_of_row<constant, false> : &dot_products_of_row<constant, true>;
     for (int64_t row = 0; row < runs.rows; ++row)
-      multiply_one(row_of_each_run(runs, row, columns, group_size), columns, group_size, x, x_stride, stride,
-                   sums + row * kRuns);
+      compute(row_of_each_run(runs, row, columns, group_size), columns, group_size, x, x_stride, stride,
+              sums + row * kRuns);
   });
 }
 
-bool groups_fit(int64_t columns, int64_t group_size) {
-  return columns % kStep == 0 && (group_size % kStep == 0 || group_size == kStep / 2);
+// Whether integers of 14 bits hold these activations about as well as T does: they are units of the largest magnitude
+// of their step, so no outlier may stand far above the others; nor may the unit leave the range of float32.
+template <typename T>
+bool suit(const T* x, int64_t m, int64_t d, int64_t stride) {
+  constexpr float kMostOverMean = std::is_same_v<T, Float16> ? 8 : 16;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t start = 0; start < d; start += kStep) {
+      const int64_t count = d - start < kStep ? d - start : kStep;
+      float largest = 0, sum = 0;
+      for (int64_t column = start; column < start + count; ++column) {
+        const float magnitude = std::fabs(nf4::to_float(x[i * stride + column]));
+        largest = largest < magnitude ? magnitude : largest;
+        sum += magnitude;
+      }
+      const bool no_outlier = largest * static_cast<float>(count) <= kMostOverMean * sum;  // false for infinity and NaN
+      if (!(sum == 0 || (no_outlier && largest >= 0x1p-90f && sum < INFINITY))) return false;
+    }
+  return true;
+}
+
+template <typename T>
+constexpr Activations<T, int16_t> activations() {
+  return {.pack = &pack<T>, .suit = &suit<T>};
+}
+
+bool takes(int64_t m, int64_t columns, int64_t group_size) {
+  return m <= kMostActivations && columns % kStep == 0 && (group_size % kStep == 0 || group_size == kStep / 2);
 }
 
 }  // namespace
@@ -154,12 +176,12 @@ bool groups_fit(int64_t columns, int64_t group_size) {
 namespace squish::cpu {
 
 constinit const LinearKernels<int16_t> kAvx2Int16Linear = {
-    avx2::kStep,
-    avx2::kStep + avx2::kScaleElements,
-    1,
-    &avx2::groups_fit,
-    {&avx2::pack<BFloat16>, &avx2::pack<Float16>},
-    &avx2::multiply_rows,
+    .step = avx2::kStep,
+    .step_elements = avx2::kStep + avx2::kScaleElements,
+    .block = 1,
+    .takes = &avx2::takes,
+    .activations = {avx2::activations<BFloat16>(), avx2::activations<Float16>()},
+    .dot_products = &avx2::dot_products,
 };
 
 }  // namespace squish::cpu

@@ -10,11 +10,7 @@
 // templates over a local type, they stay in its object file.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-
-#include "csrc/cpu/kernels.h"
-#include "csrc/nf4/codec.h"
+#include "csrc/cpu/target_region.h"
 
 namespace squish::cpu {
 
@@ -70,14 +66,14 @@ void decode_columns(const uint8_t* packed, const float* scales, int64_t first, i
 }
 
 template <class Path, typename T>
-RowSurvey survey_row(const T* w, const uint8_t* packed, const float* scales, int64_t columns, int64_t group_size) {
+RowSurvey survey_row(const T* w, int64_t d, const uint8_t* packed, const float* scales, int64_t group_size) {
   constexpr int64_t kPart = 512;  // columns that are decoded at once, into the nearest cache
   alignas(64) float decoded[kPart];
   typename Path::Survey survey;
   uint32_t largest = 0;
-  for (int64_t first = 0; first < columns; first += kPart) {
-    const int64_t count = std::min(kPart, columns - first);
-    decode_columns<Path, Stores::kCached>(packed, scales, first, first + count, group_size, decoded);
+  for (int64_t first = 0; first < d; first += kPart) {
+    const int64_t count = std::min(kPart, d - first), even_count = count + count % 2;
+    decode_columns<Path, Stores::kCached>(packed, scales, first, first + even_count, group_size, decoded);
     largest = nf4::larger(largest, Path::absmax_bits(w + first, count));
     int64_t i = 0;
     for (; i + kSurveyLanes <= count; i += kSurveyLanes) survey.add(w + first + i, decoded + i);
@@ -100,25 +96,18 @@ RowSurvey survey_row(const T* w, const uint8_t* packed, const float* scales, int
   return found;
 }
 
+template <class Path, typename T>
+constexpr Codec<T> codec_of() {
+  return {.encode = &encode_groups<Path, T>,
+          .decode = &decode_columns<Path, Stores::kCached, T>,
+          .decode_past_caches = &decode_columns<Path, Stores::kPastCaches, T>,
+          .survey = &survey_row<Path, T>};
+}
+
 template <class Path>
-constexpr Kernels kernels_of_path(const LinearKernels<float>& linear) {
-  return {
-      &encode_groups<Path, float>,
-      &encode_groups<Path, double>,
-      &encode_groups<Path, BFloat16>,
-      &encode_groups<Path, Float16>,
-      &decode_columns<Path, Stores::kCached, float>,
-      &decode_columns<Path, Stores::kCached, BFloat16>,
-      &decode_columns<Path, Stores::kCached, Float16>,
-      &decode_columns<Path, Stores::kPastCaches, float>,
-      &decode_columns<Path, Stores::kPastCaches, BFloat16>,
-      &decode_columns<Path, Stores::kPastCaches, Float16>,
-      &survey_row<Path, float>,
-      &survey_row<Path, double>,
-      &survey_row<Path, BFloat16>,
-      &survey_row<Path, Float16>,
-      linear,
-  };
+constexpr Codecs codecs_of() {
+  return {codec_of<Path, float>(), codec_of<Path, BFloat16>(), codec_of<Path, Float16>(),
+          Codec<double>{.encode = &encode_groups<Path, double>, .survey = &survey_row<Path, double>}};
 }
 
 }  // namespace squish::cpu

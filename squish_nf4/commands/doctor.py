@@ -1,16 +1,32 @@
-"""The doctor's findings on the terminal."""
+"""``squish-nf4 doctor``: what it prints, and its exit code."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import typer
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
 from squish_nf4.commands import terminal
-from squish_nf4.doctor.examine import Findings, Result
+
+if TYPE_CHECKING:
+    from squish_nf4.doctor.examine import Findings, Result
+
+
+def command() -> None:
+    """Say what was built and found, and test it."""
+    from squish_nf4.doctor.examine import examine
+
+    findings = examine()
+    print_findings(findings)
+    if not findings.healthy:
+        raise typer.Exit(1)
 
 
 def print_findings(findings: Findings) -> None:
+    """Print the facts by topic, a line for each check, and what to do if one failed."""
     out = terminal.console()
     for topic, facts in findings.facts.items():
         out.print(f"[bold]{escape(topic)}[/]")
@@ -22,7 +38,7 @@ def print_findings(findings: Findings) -> None:
         out.print(Padding(table, (0, 0, 1, 2)))
     out.print("[bold]self-test[/]")
     for result in findings.results:
-        out.print(f"  {line(result)}", soft_wrap=True)
+        out.print(f"  {line_of(result)}", soft_wrap=True)
     failed = sum(not result.passed for result in findings.results)
     out.print()
     if failed:
@@ -33,6 +49,6 @@ def print_findings(findings: Findings) -> None:
         out.print(f"[green]All {len(findings.results)} checks passed.[/]")
 
 
-def line(result: Result) -> str:
+def line_of(result: Result) -> str:
     mark = "[green]pass[/]" if result.passed else "[bold red]FAIL[/]"
     return f"{mark}  {result.device:<4}  {escape(result.name):<38}[dim]{escape(result.detail)}[/]"

@@ -1,13 +1,14 @@
-// The CPU kernels on tensors: which kernel fits a dtype, and how a matrix is shared out among threads. The bytes do not
-// depend on the number of threads, because a thread always takes whole groups.
+// The CPU's codec on matrices: the path in use, how the columns of a matrix are shared out among threads, and decoding
+// of a whole matrix or of some columns. The bytes do not depend on the number of threads, because a thread always takes
+// whole groups.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <numeric>
 
+#include "csrc/cpu/dispatch.h"
 #include "csrc/cpu/float_environment.h"
-#include "csrc/cpu/kernels.h"
 #include "csrc/ops/parallel.h"
 #include "csrc/ops/storage_types.h"
 
@@ -18,10 +19,10 @@ using at::Tensor;
 inline constexpr int64_t kColumnsPerThread = 32768;  // below this a second thread costs more than it saves
 
 // The selected path; refuses to compute anything if SQUISH_NF4_ISA asks for one that is not there.
-inline const cpu::Selection& selected() {
+inline const cpu::Path& selected() {
   const cpu::Selection& selection = cpu::selection();
   TORCH_CHECK_VALUE(selection.error.empty(), selection.error);
-  return selection;
+  return *selection.path;
 }
 
 // Calls run(first_column, columns) for stretches of the n*d columns of a matrix, counted row by row. A stretch is a
@@ -52,14 +53,15 @@ inline cpu::Stores stores_for(const Tensor& out, int64_t group_size) {
 }
 
 // Decodes a contiguous packed matrix into `out`, contiguous.
-inline void decode_matrix(const cpu::Kernels& kernels, const Tensor& packed, const Tensor& scales, int64_t group_size,
+inline void decode_matrix(const cpu::Path& path, const Tensor& packed, const Tensor& scales, int64_t group_size,
                           const Tensor& out, cpu::Stores stores = cpu::Stores::kCached) {
   const uint8_t* bytes = packed.const_data_ptr<uint8_t>();
   const float* scale = scales.const_data_ptr<float>();
   with_storage_type(out.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     T* values = static_cast<T*>(out.mutable_data_ptr());
-    const auto decode = cpu::decode_kernel<T>(kernels, stores);
+    const auto& codec = path.codec<T>();
+    const auto decode = stores == cpu::Stores::kPastCaches ? codec.decode_past_caches : codec.decode;
     for_each_stretch(out.size(0), out.size(1), group_size, /*contiguous=*/true, [&](int64_t at, int64_t count) {
       decode(bytes + at / 2, scale + at / group_size, 0, count, group_size, values + at);
     });
@@ -67,8 +69,8 @@ inline void decode_matrix(const cpu::Kernels& kernels, const Tensor& packed, con
 }
 
 // Decodes columns [first, first + tile.size(1)) of all rows into `tile`, contiguous; both numbers are even.
-inline void decode_column_tile(const cpu::Kernels& kernels, const Tensor& packed, const Tensor& scales,
-                               int64_t group_size, int64_t first, const Tensor& tile) {
+inline void decode_column_tile(const cpu::Path& path, const Tensor& packed, const Tensor& scales, int64_t group_size,
+                               int64_t first, const Tensor& tile) {
   constexpr int64_t kRowsAhead = 8;
   const int64_t row_bytes = packed.size(1), groups = scales.size(1), count = tile.size(1);
   const uint8_t* bytes = packed.const_data_ptr<uint8_t>();
@@ -76,7 +78,7 @@ inline void decode_column_tile(const cpu::Kernels& kernels, const Tensor& packed
   with_storage_type(tile.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     T* values = static_cast<T*>(tile.mutable_data_ptr());
-    const auto decode = cpu::decode_kernel<T>(kernels);
+    const auto decode = path.codec<T>().decode;
     parallel_for(0, tile.size(0), std::max<int64_t>(1, kColumnsPerThread / count), [&](int64_t begin, int64_t end) {
       const cpu::DefaultFloatEnvironment environment;
       for (int64_t row = begin; row < end; ++row) {

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace squish::nf4 {
+namespace squish::cpu {
 
 struct Tiles {
   int64_t rows;   // rows of a tile; the last one may be shorter
@@ -23,4 +23,4 @@ constexpr Tiles cut_rows(int64_t n, int64_t row_bytes, int64_t budget_bytes) {
 static_assert(cut_rows(1000, 4096, 1 << 20).rows == 250 && cut_rows(1000, 4096, 1 << 20).count == 4);
 static_assert(cut_rows(3, 1 << 30, 1 << 20).rows == 1 && cut_rows(3, 1 << 30, 1 << 20).count == 3);
 
-}  // namespace squish::nf4
+}  // namespace squish::cpu

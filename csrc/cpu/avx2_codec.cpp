@@ -1,20 +1,17 @@
-// The AVX2 path (AVX2, FMA, F16C): eight columns a step; what is left of a group goes through the plain codec.
+// The codec on AVX2 (with FMA and F16C): eight columns a step; what is left of a group goes through the plain codec.
 #if defined(__x86_64__)
 
-#include <cstring>
-
-#include "csrc/cpu/kernels.h"
-#include "csrc/cpu/linear_headers.h"
 #include "csrc/cpu/target_region.h"
-#include "csrc/nf4/codec.h"
 
 SQUISH_TARGET_REGION("avx2,fma,f16c")
 #include "csrc/cpu/avx2.h"
-#include "csrc/cpu/group_loops.h"
-#include "csrc/cpu/linear_loops.h"
+#include "csrc/cpu/codec_loops.h"
 
 namespace squish::cpu {
 namespace {
+
+using avx2::look_up;
+using avx2::Table;
 
 static_assert(nf4::kEvenColumnShift == 0 && nf4::kOddColumnShift == 4, "the shifts below assume this nibble order");
 
@@ -51,10 +48,7 @@ inline __m256i nearest_levels(__m256 q) {
   return append_bit(index, above(q, _mm256_permutevar8x32_ps(fourth, index)));
 }
 
-// The sixteen levels times the scale, in two registers.
-struct Table {
-  __m256 low, high;
-};
+// The sixteen levels times the scale.
 inline __m256 scaled(const float* levels, __m256 scale) {
   const __m256 product = _mm256_mul_ps(_mm256_loadu_ps(levels), scale);
   const __m256 is_nan = _mm256_cmp_ps(product, product, _CMP_UNORD_Q);
@@ -63,13 +57,6 @@ inline __m256 scaled(const float* levels, __m256 scale) {
 inline Table scaled_levels(float scale) {
   const __m256 s = _mm256_set1_ps(scale);
   return {scaled(nf4::kCodebook.level, s), scaled(nf4::kCodebook.level + 8, s)};
-}
-
-// Looks up the low four bits of each lane: vpermps reads three of them, the fourth chooses between the halves.
-inline __m256 look_up(const Table& table, __m256i index) {
-  const __m256 choose_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index), _mm256_permutevar8x32_ps(table.high, index),
-                          choose_high);
 }
 
 // Sixteen rounded values as two planes of bytes, for pshufb.
@@ -206,64 +193,9 @@ struct Avx2Path {
   };
 };
 
-struct Avx2Floats {
-  using Element = float;
-  using Operand = __m256;
-  using Sum = __m256;
-  static constexpr int64_t kLanes = 8;
-  static constexpr int kBlock = 2, kFew = 1;
-  struct OneGroup {
-    __m256 low, high;
-    OneGroup() = default;
-    explicit OneGroup(float scale) {
-      low = _mm256_mul_ps(_mm256_loadu_ps(nf4::kCodebook.level), _mm256_set1_ps(scale));
-      high = _mm256_mul_ps(_mm256_loadu_ps(nf4::kCodebook.level + 8), _mm256_set1_ps(scale));
-    }
-  };
-  struct TwoGroups {
-    __m256 scale;
-    TwoGroups(float a, float b) : scale(_mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a))) {}
-  };
-  using Lanes = avx2::Lanes;
-  using LaneScales = avx2::LaneScales;
-
-  static Table unscaled() { return {_mm256_loadu_ps(nf4::kCodebook.level), _mm256_loadu_ps(nf4::kCodebook.level + 8)}; }
-  static void decode(__m128i bytes, const Table& table, __m256& even, __m256& odd) {
-    const __m256i byte = _mm256_cvtepu8_epi32(bytes);
-    even = look_up(table, byte);
-    odd = look_up(table, _mm256_srli_epi32(byte, nf4::kOddColumnShift));
-  }
-  static void decode(const uint8_t* packed, const OneGroup& levels, __m256& even, __m256& odd) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed));
-    decode(bytes, Table{levels.low, levels.high}, even, odd);
-  }
-  static void decode(const uint8_t* packed, const TwoGroups& groups, __m256& even, __m256& odd) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed));
-    decode(bytes, unscaled(), even, odd);
-    even = _mm256_mul_ps(even, groups.scale);
-    odd = _mm256_mul_ps(odd, groups.scale);
-  }
-  static void decode(const uint8_t* packed, const LaneScales& scales, __m256& even, __m256& odd) {
-    uint64_t bytes = 0;
-    if (scales.bytes == sizeof bytes) {
-      std::memcpy(&bytes, packed, sizeof bytes);
-    } else {
-      std::memcpy(&bytes, packed, static_cast<size_t>(scales.bytes));
-    }
-    decode(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)), unscaled(), even, odd);
-    even = _mm256_mul_ps(even, scales.even);
-    odd = _mm256_mul_ps(odd, scales.odd);
-  }
-  static Sum zero() { return _mm256_setzero_ps(); }
-  static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
-  static void store(float* to, __m256 x) { _mm256_storeu_ps(to, x); }
-  static Sum multiply_add(__m256 a, __m256 b, Sum sum) { return _mm256_fmadd_ps(a, b, sum); }
-  static Four totals(Sum a, Sum b, Sum c, Sum d) { return avx2::totals(a, b, c, d); }
-};
-
 }  // namespace
 
-constinit const Kernels kAvx2Kernels = kernels_of_path<Avx2Path>(linear_kernels_of<Avx2Floats>());
+constinit const Codecs kAvx2Codecs = codecs_of<Avx2Path>();
 
 }  // namespace squish::cpu
 SQUISH_END_TARGET_REGION
