@@ -8,7 +8,7 @@ help:
 	@echo "make fuzz    the readers under a coverage-guided fuzzer (a minute each of four targets; FUZZ_ARGS=--seconds=600)"
 	@echo "make compatibility  build and test with every torch and compiler of noxfile.py (an hour, 40 GB)"
 	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
-	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make format  let ruff and clang-format rewrite the sources, and write docs/api.md from the docstrings"
 	@echo "make bench   the benchmarks, into docs/benchmarks (fifteen minutes of a machine that does nothing else)"
 	@echo "make setup   only .venv and the build          PYTHON=... chooses the interpreter"
 	@echo "make clean   remove what was built (not .venv)"
@@ -50,6 +50,7 @@ lint: setup
 format: setup
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+	.venv/bin/python scripts/api_page.py
 	.venv/bin/clang-format -i $$(git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.c')
 
 bench: setup

@@ -18,7 +18,12 @@ OUTPUT_HEADS = ("lm_head", "embed_out")  # quantized only if `only` names them: 
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """One module with a weight that was not quantized, and why."""
+    """One module with a weight that was not quantized.
+
+    Attributes:
+        name: its dotted name in the model.
+        reason: why it was left alone, in words.
+    """
 
     name: str
     reason: str

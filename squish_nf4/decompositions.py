@@ -21,7 +21,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """What the operators compute, in operators of torch alone; they refuse what the operators refuse.
 
     For ``program.run_decompositions(table)`` after torch.export, and ``make_fx(function, decomposition_table=table)``.
-    The packed bytes stay bytes in the program. docs/export.md shows an ONNX export.
+    The packed bytes stay bytes in the program. docs/compile-and-export.md shows an ONNX export.
 
     Returns:
         A table of dequantize_nf4, dequantize_nf4.out (the same bits as the operator), linear_nf4 and its gradient (the

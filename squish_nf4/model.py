@@ -15,7 +15,15 @@ from squish_nf4.ops import may_look, relative_error, survey_nf4
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer. relative_rms_error: ||W - decoded|| / ||W||, None on meta."""
+    """One layer that quantize_model has quantized.
+
+    Attributes:
+        name: its dotted name in the model.
+        shape: (out_features, in_features).
+        group_size: columns that share a scale.
+        bits_per_weight: stored bits (nibbles, padding and scales) per logical weight.
+        relative_rms_error: ||W - decoded|| / ||W||; None on meta.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -26,7 +34,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What quantize_model did. bytes_before and bytes_after: all parameters and buffers of the model, each once."""
+    """What quantize_model did; printed, a table of the layers and what was left alone.
+
+    Attributes:
+        layers: what was quantized.
+        left_alone: the other modules with a weight, and why.
+        notes: what a careful reader would want to know, a sentence each.
+        bytes_before: of all parameters and buffers of the model, each once.
+        bytes_after: the same, now.
+    """
 
     layers: tuple[LayerReport, ...]
     left_alone: tuple[LeftAlone, ...]

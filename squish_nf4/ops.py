@@ -73,7 +73,9 @@ def linear_nf4(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = 
         (..., n) in the dtype of x.
 
     Raises:
-        ValueError: a shape does not fit. TypeError: a dtype does not. RuntimeError: the devices differ.
+        ValueError: a shape does not fit.
+        TypeError: a dtype does not.
+        RuntimeError: the devices differ.
     """
     result: Tensor = torch.ops.squish.linear_nf4(x, packed, scales, bias, group_size)
     return result

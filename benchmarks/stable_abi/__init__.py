@@ -1,1 +1,1 @@
-"""LibTorch's stable ABI measured against csrc/ops: docs/stable-abi.md has the question and the answer."""
+"""LibTorch's stable ABI measured against csrc/ops: docs/native/stable-abi.md has the question and the answer."""

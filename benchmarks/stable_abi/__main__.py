@@ -1,4 +1,4 @@
-"""LibTorch's stable ABI measured against csrc/ops: what it costs, what works. docs/stable-abi.md has the decision.
+"""LibTorch's stable ABI measured against csrc/ops: what it costs, what works; docs/native/stable-abi.md decides.
 
 python -m benchmarks.stable_abi [--pythons /other/venv/bin/python ...]
 """

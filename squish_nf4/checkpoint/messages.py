@@ -8,7 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a task is: the tensor it has begun, and the bytes that are done. Of a conversion, bytes of the source."""
+    """How far a conversion, a check or a comparison is; given to the function that is its ``progress`` argument.
+
+    Attributes:
+        tensor: the name of the tensor that was begun.
+        bytes_done: of a conversion, bytes of the source.
+        bytes_total: what bytes_done will be at the end.
+    """
 
     tensor: str
     bytes_done: int

@@ -1,6 +1,6 @@
 """What ``squish-nf4 convert`` prints: a plan and a summary for people, and events as JSON for programs.
 
-docs/checkpoints.md lists the events, one JSON object a line.
+docs/convert.md lists the events, one JSON object a line.
 """
 
 from __future__ import annotations

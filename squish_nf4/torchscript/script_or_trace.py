@@ -16,7 +16,7 @@ from squish_nf4.torchscript.model_state import ModelState
 from squish_nf4.torchscript.refusals import TorchScriptError, in_one_line
 
 TracerWarning: type[Warning] = torch.jit.TracerWarning  # type: ignore[attr-defined]
-INSTEAD = "use torch.export or AOTInductor instead (docs/export.md)"
+INSTEAD = "use torch.export or AOTInductor instead (docs/compile-and-export.md)"
 TORCHS_OWN_WARNING = r"`?torch\.jit\.\w+`? is (deprecated|not supported)"
 
 

@@ -88,7 +88,7 @@ def test_a_layer_gives_the_bits_of_eager_mode(layer: tuple[NF4Linear, Callable[.
 
 
 def test_a_package_checks_its_inputs_only_if_it_is_told_to(layer: tuple[NF4Linear, Callable[..., Tensor]]) -> None:
-    """torch's rule, and docs/export.md says so: the operator takes 65 columns and a 66th, which meets a zero weight."""
+    """torch's rule (docs/compile-and-export.md): the operator takes a 66th column, which meets a weight of zero."""
     eager, run = layer
     x = torch.randn(2, 3, 66)
     assert torch.equal(run(x), eager(x[..., :65].contiguous()))

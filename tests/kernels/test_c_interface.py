@@ -60,7 +60,7 @@ def test_a_c_program_passes_on_every_path(program: Path, isa: str) -> None:
 
 
 def test_the_program_of_the_docs_prints_what_they_say(program: Path, tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "c-interface.md").read_text()
+    text = (ROOT / "docs" / "native" / "c-interface.md").read_text()
     source = tmp_path / "app.c"
     source.write_text(text.split("```c\n")[1].split("```")[0])
     prefix = program.parent

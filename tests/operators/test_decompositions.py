@@ -215,7 +215,7 @@ def test_autocast_inside_of_a_model_stays_in_its_program_and_around_one_it_is_th
     around = export(layer, (x,)).run_decompositions(TABLE).module()
     with torch.autocast("cpu", torch.bfloat16):
         y = around(x)
-    assert y.dtype == torch.float32  # docs/export.md says so: the product was rounded, as torch's own
+    assert y.dtype == torch.float32  # docs/compile-and-export.md says so: the product was rounded, as torch's own
     torch.testing.assert_close(y, expected.float(), rtol=0.05, atol=0.05)
     assert not torch.equal(y, around(x))
 

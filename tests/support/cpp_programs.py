@@ -1,4 +1,4 @@
-"""Builds C++ programs on the op library, in the two ways of docs/cpp.md."""
+"""Builds C++ programs on the op library, in the two ways of docs/native/cpp.md."""
 
 from __future__ import annotations
 

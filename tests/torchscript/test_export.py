@@ -279,7 +279,7 @@ def test_a_model_that_torchscript_cannot_take_is_one_sentence_with_the_lines(tmp
     )
     assert "(test_export.py:" in text
     assert "; tracing: Only tensors, lists, tuples of tensors, or dictionary of tensors can be output" in text
-    assert text.endswith("use torch.export or AOTInductor instead (docs/export.md)")
+    assert text.endswith("use torch.export or AOTInductor instead (docs/compile-and-export.md)")
     assert "\n" not in text
     with pytest.raises(
         TorchScriptError, match=r"cannot be scripted: .*; give example_inputs to trace it, or use torch"

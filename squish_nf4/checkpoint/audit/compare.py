@@ -24,9 +24,14 @@ AT_ONCE = 2**20  # elements looked at in one step
 
 @dataclass(frozen=True)
 class Place:
-    """One element of two tensors. at: its position in the tensor's shape, for a scale (row, group) of the matrix.
+    """One element in which two tensors differ.
 
-    a, b: the indices of a nibble, the scales, or the values; value_a and value_b: the weights that they stand for.
+    Attributes:
+        at: its position in the tensor's shape; of a scale, its row and group.
+        a: the index of a nibble, the scale or the value in one.
+        b: the same in the other.
+        value_a: the weight that a stands for.
+        value_b: the weight that b stands for.
     """
 
     at: tuple[int, ...]
@@ -38,7 +43,13 @@ class Place:
 
 @dataclass
 class Differences:
-    """The differences of one kind between two tensors: how many, and the first few places."""
+    """The differences of one kind between two tensors.
+
+    Attributes:
+        what: indices and scales of tensors in NF4, values of kept ones.
+        count: how many there are.
+        first: the first few places.
+    """
 
     what: What
     count: int = 0

@@ -15,7 +15,13 @@ from squish_nf4.checkpoint.messages import Progress, shorten
 
 @dataclass(frozen=True)
 class TensorDiff:
-    """A tensor that both have. form: how a and b store it, where that differs; values are not compared then."""
+    """A tensor that both directories have, and not alike.
+
+    Attributes:
+        name: its name.
+        form: how a and b store it, where that differs; values are not compared then.
+        differences: of its values, a kind at a time.
+    """
 
     name: str
     form: tuple[str, str] | None
@@ -24,7 +30,16 @@ class TensorDiff:
 
 @dataclass(frozen=True)
 class DiffReport:
-    """equal: names whose tensors are the same to the bit. different: the others that both have."""
+    """Where two squish directories differ.
+
+    Attributes:
+        a: one directory.
+        b: the other.
+        only_a: names of tensors that b does not have.
+        only_b: names of tensors that a does not have.
+        different: the tensors that both have, and that differ.
+        equal: names of the tensors that are the same to the bit.
+    """
 
     a: Path
     b: Path
@@ -35,6 +50,7 @@ class DiffReport:
 
     @property
     def same(self) -> bool:
+        """Whether both hold the same tensors, to the bit."""
         return not (self.only_a or self.only_b or self.different)
 
 

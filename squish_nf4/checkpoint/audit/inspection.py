@@ -27,9 +27,16 @@ from squish_nf4.ops import relative_error
 class Inspected:
     """One tensor of what was inspected.
 
-    tied_to: the tensor whose files it has, if they are another's. stored_as: "nf4", or the dtype it was kept in.
-    reason: why it was kept, and source_dtype: what it was, as squish_nf4.json records them; None where nothing does.
-    nbytes: of its files, or of its values in a .safetensors file. nf4: what was measured, if it is in NF4.
+    Attributes:
+        name: its name.
+        tied_to: the tensor whose files it has, if they are another's.
+        shape: its shape, as the model has it.
+        stored_as: "nf4", or the dtype it was kept in.
+        reason: why it was kept, as squish_nf4.json records it; None where nothing does.
+        source_dtype: the dtype it had before, likewise.
+        nbytes: of its files, or of its values in a .safetensors file.
+        bits_per_weight: scales included, file headers not, before compression.
+        nf4: what was measured, if it is in NF4.
     """
 
     name: str
@@ -44,12 +51,20 @@ class Inspected:
 
     @property
     def size(self) -> int:
+        """How many values it has."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What inspect found. tensors: in the order of the file; tied ones under each name, and sums count them once."""
+    """What inspect found, tensor by tensor and in sums, which count tied tensors once.
+
+    Attributes:
+        path: what was inspected.
+        source: what errors were measured against, if anything.
+        tensors: in the order of the file; tied ones under each name.
+        seconds: how long it took.
+    """
 
     path: Path
     source: Path | None
@@ -68,10 +83,12 @@ class Inspection:
 
     @property
     def weights(self) -> int:
+        """How many values there are."""
         return sum(tensor.size for tensor in self.owned)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.owned)
 
     @property
@@ -81,6 +98,7 @@ class Inspection:
 
     @property
     def nf4_bits_per_weight(self) -> float:
+        """Bits a weight of those in NF4."""
         weights = sum(tensor.size for tensor, _ in self.in_nf4)
         return sum(tensor.bits_per_weight * tensor.size for tensor, _ in self.in_nf4) / max(1, weights)
 

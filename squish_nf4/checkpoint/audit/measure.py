@@ -30,7 +30,15 @@ ERROR_EDGES = np.linspace(0, 0.25, 51)  # bins of the relative errors of groups;
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring columns of one row with one scale. share: of the tensor's squared error. relative_rms: its own."""
+    """Neighbouring columns of one row with one scale.
+
+    Attributes:
+        row: of the tensor as a matrix.
+        columns: the first and the last.
+        scale: theirs.
+        share: of the tensor's squared error.
+        relative_rms: the relative error of the group alone.
+    """
 
     row: int
     columns: tuple[int, int]  # first and last
@@ -124,11 +132,17 @@ def entropy_of(counts: Sequence[int]) -> float:
 class Nf4Numbers:
     """What is known of a tensor in NF4.
 
-    basis: where relative_rms comes from. relative_rms: ||w - decoded|| / ||w||. cosine, largest_error: of w and
-    decoded, only measured. squared_norm: ||w||^2 if measured, else ||decoded||^2. indices: how often each of the 16
-    levels is used. scales: smallest, median, largest magnitude. group_errors: how many groups have a relative error in
-    each bin of ERROR_EDGES. worst: the groups that make the most of the squared error, the worst first; measured, else
-    estimated.
+    Attributes:
+        group_size: columns that share a scale.
+        basis: where relative_rms comes from: "measured", "recorded" or "estimated".
+        relative_rms: ||w - decoded|| / ||w||.
+        cosine: between w and decoded; None if it was not measured.
+        largest_error: the largest |w - decoded|; None if it was not measured.
+        squared_norm: ||w||^2 if measured, else ||decoded||^2.
+        indices: how often each of the 16 levels is used.
+        scales: their smallest, median and largest magnitude.
+        group_errors: how many groups have a relative error in each bin of ERROR_EDGES.
+        worst: the groups that make the most of the squared error, the worst first; measured, else estimated.
     """
 
     group_size: int
@@ -149,6 +163,7 @@ class Nf4Numbers:
 
     @property
     def entropy(self) -> float:
+        """Bits of information in an index."""
         return entropy_of(self.indices)
 
 

@@ -22,10 +22,20 @@ from squish_nf4.checkpoint.source.shards import Source, open_source
 
 @dataclass
 class VerifyReport:
-    """problems: what is wrong, a sentence each. notes: what could not be checked, or is worth knowing.
+    """What verify looked at, and what is wrong with it.
 
-    tensors, files: what was looked at. nbytes: of the tensors' files. checksums: files whose recorded SHA-256 is right.
-    requantized, equal: tensors whose bytes are what NF4 makes of the source, kept ones whose values are the source's.
+    Attributes:
+        path: the directory.
+        source: what it was compared with, if anything.
+        tensors: how many were looked at.
+        files: how many files of theirs.
+        nbytes: bytes of these files.
+        checksums: files whose recorded SHA-256 is right.
+        requantized: tensors whose bytes are what NF4 makes of the source.
+        equal: kept tensors whose values are those of the source.
+        problems: what is wrong, a sentence each.
+        notes: what could not be checked, or is worth knowing.
+        seconds: how long it took.
     """
 
     path: Path
@@ -42,6 +52,7 @@ class VerifyReport:
 
     @property
     def sound(self) -> bool:
+        """Whether there are no problems."""
         return not self.problems
 
 

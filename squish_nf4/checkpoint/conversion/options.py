@@ -33,13 +33,14 @@ class ConvertOptions:
     Attributes:
         group_size: for the tensors whose columns it divides; the others, and all if it is None, take pick_group_size.
         outlier_threshold: a tensor is kept if in any row max|w| / (mean|w| + 1e-8) exceeds this; math.inf for never.
-        passthrough: names, parts of names or globs of tensors to keep, besides DEFAULT_PASSTHROUGH.
-        include: the same, of tensors that neither DEFAULT_PASSTHROUGH nor a large weight keeps from NF4.
-        super_weight: keep a tensor too if max|w| / mean|w| of a row exceeds SUPER_WEIGHT.
+        passthrough: names, parts of names or globs of tensors to keep, besides the routers of mixtures of experts.
+        include: the same, of tensors to quantize though they are such routers or hold a large weight.
+        super_weight: keep a tensor too if max|w| / mean|w| of a row exceeds 100.
         ultra: store scales and kept tensors compressed where that makes them smaller.
 
     Raises:
-        ValueError: a value is wrong. TypeError: its type is.
+        ValueError: a value is wrong.
+        TypeError: its type is.
     """
 
     group_size: int | None = None

@@ -29,17 +29,19 @@ Stretch = tuple[int, int]  # of a tensor's values: the first, and how many; what
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to become of a tensor.
+    """What is to become of a tensor; the last four are known once its values were looked at (see decide).
 
-    reason: why it is kept; None: it goes to NF4, if no value of it speaks against that.
-    group_size: None if it is kept.
-    tied_to: the tensor of the same values that is stored for both.
-
-    Known once its values were looked at (see decide):
-    kept_dtype: the one it is kept in; None if it goes to NF4.
-    finite: False if it is kept with a NaN or infinity.
-    outlier: the largest max|w| / (mean|w| + 1e-8) of a row; None if nobody looked for it.
-    nf4_bytes: what its files would take in NF4, if a large weight keeps it from that.
+    Attributes:
+        entry: the tensor in the source: its name, dtype, shape and place.
+        key: the start of its files' names.
+        reason: why it is kept; None: it goes to NF4, if no value of it speaks against that.
+        group_size: None if it is kept.
+        limits: how far a weight may stand out of its row before the tensor is kept.
+        tied_to: the tensor of the same values that is stored for both.
+        kept_dtype: the one it is kept in; None if it goes to NF4.
+        finite: False if it is kept with a NaN or infinity.
+        outlier: the largest max|w| / (mean|w| + 1e-8) of a row; None if nobody looked for it.
+        nf4_bytes: what its files would take in NF4, if a large weight keeps it from that.
     """
 
     entry: Entry
@@ -55,10 +57,12 @@ class Planned:
 
     @property
     def rows(self) -> int:
+        """The product of the leading dimensions."""
         return math.prod(self.entry.shape[:-1])
 
     @property
     def columns(self) -> int:
+        """The last dimension."""
         return self.entry.shape[-1]
 
     @property
@@ -139,16 +143,25 @@ def decide(planned: Planned, surveys: Iterable[Survey], look: Callable[[Planned]
 
 @dataclass(frozen=True)
 class ConvertPlan:
-    """A checkpoint to convert: one Planned per tensor, in the order of the source."""
+    """A checkpoint to convert, and what is to become of each tensor.
+
+    Attributes:
+        source: the shards, their tensors, and the small files beside them.
+        options: what decides which bytes are written.
+        tied: of each tensor that is stored under another's name, that name.
+        keys: of every name, its own, whether or not it is stored under another.
+        tensors: one Planned per tensor, in the order of the source.
+    """
 
     source: Source
     options: ConvertOptions
     tied: Mapping[str, str]
-    keys: Mapping[str, str]  # of every name, its own, whether or not it is stored under another
+    keys: Mapping[str, str]
     tensors: Sequence[Planned]
 
     @property
     def manifest(self) -> dict[str, str]:
+        """What manifest.json will hold: of each name, the start of its files' names."""
         return {planned.entry.name: planned.key for planned in self.tensors}
 
     @property
@@ -158,6 +171,7 @@ class ConvertPlan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all files in tensors/, not compressed."""
         return sum(planned.nbytes for planned in self.tensors)
 
     def bytes_taken(self, removing: bool, done: Container[str] = ()) -> int:

@@ -24,21 +24,37 @@ from squish_nf4.layout import bits_per_weight
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of one tensor."""
+    """What became of one tensor.
+
+    Attributes:
+        name: its name in the source.
+        kind: in which of the two forms it is stored.
+        reason: why it was kept; None if it was quantized.
+        source_dtype: as torch calls it: "bfloat16".
+        stored_dtype: "nf4", or numpy's name of what it was kept in.
+        shape: its shape in the source.
+        group_size: None if it was kept.
+        relative_error: ||w - dequantized|| / ||w||; 0 if it was kept, which is exact.
+        outlier: the largest max|w| / (mean|w| + 1e-8) of a row; None if nobody looked.
+        nf4_bytes: what its files would take in NF4, of a tensor that a large weight keeps from that.
+        finite: False if it was kept with the NaN or infinity that it holds.
+        tied_to: the tensor of the same values that is stored for both.
+        files: its files; none if it is tied.
+    """
 
     name: str
     kind: Literal["nf4", "kept"]
-    reason: str | None  # why it was kept; None if it was quantized
-    source_dtype: str  # as torch calls it: "bfloat16"
-    stored_dtype: str  # "nf4", or numpy's name of what it was kept in
+    reason: str | None
+    source_dtype: str
+    stored_dtype: str
     shape: tuple[int, ...]
-    group_size: int | None  # None if it was kept
-    relative_error: float  # ||w - dequantized|| / ||w||; 0 if it was kept, which is exact
-    outlier: float | None  # the largest max|w| / (mean|w| + 1e-8) of a row; None if nobody looked
-    nf4_bytes: int | None  # what its files would take in NF4, of a tensor that a large weight keeps from that
-    finite: bool  # False: it was kept with the NaN or infinity it holds
-    tied_to: str | None  # the tensor of the same values that is stored for both
-    files: tuple[StoredFile, ...]  # none if it is tied
+    group_size: int | None
+    relative_error: float
+    outlier: float | None
+    nf4_bytes: int | None
+    finite: bool
+    tied_to: str | None
+    files: tuple[StoredFile, ...]
 
     @property
     def bytes_in(self) -> int:
@@ -118,30 +134,44 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What a conversion did."""
+    """What a conversion did.
+
+    Attributes:
+        source: what was converted.
+        output: the squish directory.
+        tensors: what became of each tensor, in the order of the source.
+        resumed: how many of them an earlier run had finished.
+        copied: small files, relative to both directories.
+        notes: what a careful reader would want to know, a sentence each.
+        seconds: how long it took.
+    """
 
     source: Path
     output: Path
     tensors: tuple[TensorReport, ...]
-    resumed: int  # of the tensors, those that an earlier run had finished
-    copied: tuple[str, ...]  # small files, relative to both directories
-    notes: tuple[str, ...]  # what a careful reader would want to know, a sentence each
+    resumed: int
+    copied: tuple[str, ...]
+    notes: tuple[str, ...]
     seconds: float
 
     @property
     def quantized(self) -> list[TensorReport]:
+        """The tensors in NF4."""
         return [tensor for tensor in self.tensors if tensor.kind == "nf4"]
 
     @property
     def kept(self) -> list[TensorReport]:
+        """The tensors that are stored as they were."""
         return [tensor for tensor in self.tensors if tensor.kind == "kept"]
 
     @property
     def bytes_in(self) -> int:
+        """Bytes of all values in the source."""
         return sum(tensor.bytes_in for tensor in self.tensors)
 
     @property
     def bytes_out(self) -> int:
+        """Bytes of all files in tensors/."""
         return sum(tensor.bytes_out for tensor in self.tensors)
 
     @property

@@ -15,7 +15,7 @@ from squish_nf4.checkpoint.directory.npy_header import npy_header, npy_nbytes
 from squish_nf4.checkpoint.files import HashingFile
 from squish_nf4.checkpoint.values import Array
 
-ZSTD_LEVEL = 6  # docs/checkpoints.md has what others would gain: 1 % of the scales' bytes at a tenth of the speed
+ZSTD_LEVEL = 6  # docs/convert.md has what others would gain: 1 % of the scales' bytes at a tenth of the speed
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The squish directory read: each tensor under its original name and in its original shape. See docs/reading.md.
+"""The squish directory read: each tensor under its original name and in its original shape. See docs/loading.md.
 
 Nothing in it is trusted. Opening a directory checks all that names, tables and headers can tell, and reads no values.
 """

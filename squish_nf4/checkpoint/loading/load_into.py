@@ -34,9 +34,13 @@ from squish_nf4.choose import Candidate, replaceable
 class LoadReport:
     """What load_into did, by the names of the model.
 
-    nf4: weights that are computed on in NF4. decoded: weights that are in NF4 in the directory and dense in the model,
-    with the reason. kept: the others that were filled. missing, extra: names that strict=False let pass. on_meta:
-    buffers that no checkpoint has, and that have no memory yet: build them again.
+    Attributes:
+        nf4: weights that are computed on in NF4.
+        decoded: weights that are in NF4 in the directory and dense in the model, with the reason.
+        kept: the other tensors that were filled.
+        missing: names of the model alone, which strict=False let pass.
+        extra: names of the directory alone, likewise.
+        on_meta: buffers that no checkpoint has, and that have no memory yet: build them again.
     """
 
     nf4: tuple[str, ...]

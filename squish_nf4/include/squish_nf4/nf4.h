@@ -1,4 +1,4 @@
-// squish_nf4 for C++: the operators as functions on at::Tensor. Link squish_nf4::squish_nf4 (docs/cpp.md).
+// squish_nf4 for C++: the operators as functions on at::Tensor. Link squish_nf4::squish_nf4 (docs/native/cpp.md).
 //
 // Each call goes through torch's dispatcher: gradients, autocast and devices are those of torch.ops.squish. What the
 // arguments must be is checked before anything is allocated: c10::ValueError for a shape or an undefined tensor,
