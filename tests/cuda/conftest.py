@@ -1,0 +1,15 @@
+"""The tests of this folder run on a GPU. Elsewhere they are skipped, or fail if SQUISH_REQUIRE names cuda."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from squish_nf4 import _build_info
+from tests.helpers import require
+
+
+@pytest.fixture(autouse=True)
+def _gpu() -> None:
+    require("cuda", _build_info.CUDA_VERSION is not None, "squish_nf4 was built for the CPU only")
+    require("cuda", torch.cuda.is_available(), "torch finds no GPU")
