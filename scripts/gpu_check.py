@@ -94,7 +94,8 @@ def sanitizer(tool: str, script: str) -> list[str]:
 def run(stage: Stage, log: Path) -> Result:
     if stage.tool and not shutil.which(stage.tool):
         return Result(stage.name, "skipped", 0, f"{stage.tool} is not on the PATH")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | stage.environment
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | stage.environment
     begin = time.monotonic()
     with log.open("wb") as output:
         try:
