@@ -104,7 +104,7 @@ cudaError_t dequantize(const uint8_t* packed, const float* scales, int64_t count
                        cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
   constexpr int kColumns = Vector<T>::kValues;
-  constexpr int kSteps = sizeof(T) == 2 ? 4 : 8;
+  constexpr int kSteps = 2;
   // `out` and `packed` may be views that start anywhere in a tensor of the caller's, so their alignment is looked at.
   if (group_size % kColumns == 0 && is_aligned<Bytes<T>>(packed) && is_aligned<Vector<T>>(out)) {
     const int64_t vectors = count / kColumns, group = group_size / kColumns, per_block = kThreads * kSteps;

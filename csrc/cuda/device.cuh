@@ -40,11 +40,6 @@ __device__ inline void store_once(Vector* to, const Vector& vector) {
   __stcs(reinterpret_cast<uint4*>(to), std::bit_cast<uint4>(vector));
 }
 
-// As nf4::to_float, by one instruction of the hardware where there is one. The bits of a NaN may differ.
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(nf4::BFloat16 x) { return nf4::to_float(x); }
-__device__ inline float widen(nf4::Float16 x) { return __half2float(std::bit_cast<__half>(x.bits)); }
-
 // Enough blocks to fill any GPU; what is left over, the plain kernels' loops take.
 inline unsigned grid_for(int64_t work, int64_t per_block) {
   constexpr int64_t kMostBlocks = int64_t{1} << 20;

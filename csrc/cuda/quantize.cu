@@ -19,14 +19,6 @@ struct Lane {
   uint32_t below;
 };
 
-// Index of the nearest level. All lanes of the warp call it together: each keeps one bin.
-__device__ inline uint32_t nearest_level(float quotient, const Lane& own) {
-  const int bin = __float_as_int(__fmaf_rn(quotient, kBinsPerUnit, kBinOffset));  // the shuffle takes its low five bits
-  const float boundary = __shfl_sync(kWholeWarp, own.boundary, bin);
-  const uint32_t below = __shfl_sync(kWholeWarp, own.below, bin);
-  return below + (quotient > boundary ? 1u : 0u);
-}
-
 // Scales for which neither the reciprocal nor a remainder below leaves the normal floats.
 __device__ inline bool is_ordinary(float scale) {
   constexpr uint32_t kLeast = 0x0e000000, kAbove = 0x70800000;  // 2^-99, 2^98
@@ -54,10 +46,58 @@ __device__ __noinline__ uint32_t encode_plainly(const T* w, float scale) {
   return word;
 }
 
+// Eight weights of a row as they lie in memory.
 template <typename T>
 struct Octet {
-  Vector<T> part[kColumns / Vector<T>::kValues];
+  static constexpr int kWords = kColumns * sizeof(T) / 4;
+  uint32_t word[kWords];
 };
+
+template <typename T>
+__device__ inline Octet<T> load_octet(const T* from) {
+  Octet<T> octet;
+#pragma unroll
+  for (int i = 0; i < Octet<T>::kWords; i += 4) {
+    const uint4 words = *reinterpret_cast<const uint4*>(reinterpret_cast<const uint32_t*>(from) + i);
+    octet.word[i] = words.x, octet.word[i + 1] = words.y, octet.word[i + 2] = words.z, octet.word[i + 3] = words.w;
+  }
+  return octet;
+}
+
+__device__ inline void widen(const Octet<float>& octet, float (&value)[kColumns]) {
+#pragma unroll
+  for (int k = 0; k < kColumns; ++k) value[k] = nf4::float_of(octet.word[k]);
+}
+__device__ inline void widen(const Octet<nf4::BFloat16>& octet, float (&value)[kColumns]) {
+#pragma unroll
+  for (int k = 0; k < kColumns; k += 2) {
+    value[k] = nf4::float_of(octet.word[k / 2] << 16);
+    value[k + 1] = nf4::float_of(octet.word[k / 2] & 0xffff0000u);
+  }
+}
+__device__ inline void widen(const Octet<nf4::Float16>& octet, float (&value)[kColumns]) {
+#pragma unroll
+  for (int k = 0; k < kColumns; k += 2) {
+    value[k] = __half2float(__ushort_as_half(static_cast<unsigned short>(octet.word[k / 2])));
+    value[k + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(octet.word[k / 2] >> 16)));
+  }
+}
+
+// The packed bytes of eight weights under an ordinary scale. All lanes of the warp call it together: each keeps a bin.
+template <typename T>
+__device__ inline uint32_t encode(const float (&value)[kColumns], float scale, const Lane& own) {
+  const float reciprocal = __frcp_rn(scale);
+  uint32_t word = 0;
+#pragma unroll
+  for (int k = 0; k < kColumns; ++k) {
+    const float quotient = quotient_for(T{}, value[k], scale, reciprocal);
+    const int bin = __float_as_int(__fmaf_rn(quotient, kBinsPerUnit, kBinOffset));  // a shuffle takes the low five bits
+    const float boundary = __shfl_sync(kWholeWarp, own.boundary, bin);
+    word += __shfl_sync(kWholeWarp, own.below, bin) << (4 * k);
+    if (quotient > boundary) word += 1u << (4 * k);
+  }
+  return word;
+}
 
 // A lane takes kSteps times eight neighbouring weights; kLanes lanes hold a group. `octets`: of a row; rows are
 // row_stride weights apart and aligned to 16 bytes. Lanes past the end of a row work on zeros and do not store.
@@ -65,43 +105,33 @@ template <int kLanes, int kSteps, typename T>
 __global__ void __launch_bounds__(kThreads)
     quantize_octets(const T* __restrict__ w, int64_t n, int64_t octets, int64_t row_stride,
                     uint32_t* __restrict__ packed, float* __restrict__ scales) {
-  const int lane = threadIdx.x % kWarp;
-  const Lane own{bin_table.boundary[lane], bin_table.below[lane]};
+  const Lane own{bin_table.boundary[threadIdx.x % kWarp], bin_table.below[threadIdx.x % kWarp]};
   const int64_t first = blockIdx.x * int64_t{kThreads * kSteps} + threadIdx.x;
+  const int left = static_cast<int>(min(octets - first, int64_t{kThreads * kSteps}));
   for (int64_t row = blockIdx.y; row < n; row += gridDim.y) {
-    const T* from = w + row * row_stride;
-    Octet<T> octet[kSteps] = {};
+    const T* from = w + row * row_stride + first * kColumns;
+    uint32_t* to = packed + row * octets + first;
+    float* scale_to = scales + (row * octets + first) / kLanes;
+    Octet<T> octet[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s)
+      octet[s] = s * kThreads < left ? load_octet(from + s * kThreads * kColumns) : Octet<T>{};
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      const int64_t i = first + s * kThreads;
-      if (i >= octets) continue;
-#pragma unroll
-      for (int p = 0; p < kColumns / Vector<T>::kValues; ++p)
-        octet[s].part[p] = load_once(reinterpret_cast<const Vector<T>*>(from + i * kColumns) + p);
-    }
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const int64_t i = first + s * kThreads;
       float value[kColumns];
+      widen(octet[s], value);
       uint32_t absmax = 0;
 #pragma unroll
-      for (int k = 0; k < kColumns; ++k) {
-        constexpr int kValues = Vector<T>::kValues;
-        value[k] = widen(octet[s].part[k / kValues].value[k % kValues]);
-        absmax = max(absmax, nf4::bits_of(value[k]) & nf4::kMagnitudeMask);
-      }
+      for (int k = 0; k < kColumns; ++k) absmax = max(absmax, nf4::bits_of(value[k]) & nf4::kMagnitudeMask);
 #pragma unroll
       for (int offset = kLanes / 2; offset > 0; offset /= 2)
         absmax = max(absmax, __shfl_xor_sync(kWholeWarp, absmax, offset));
-      const float scale = nf4::scale_of(absmax), reciprocal = __frcp_rn(scale);
-      uint32_t word = 0;
-#pragma unroll
-      for (int k = 0; k < kColumns; ++k)
-        word |= nearest_level(quotient_for(T{}, value[k], scale, reciprocal), own) << (4 * k);
-      if (i >= octets) continue;
-      if (!is_ordinary(scale)) word = encode_plainly(from + i * kColumns, scale);
-      packed[row * octets + i] = word;
-      if (threadIdx.x % kLanes == 0) scales[(row * octets + i) / kLanes] = scale;
+      const float scale = nf4::scale_of(absmax);
+      uint32_t word = encode<T>(value, scale, own);
+      if (s * kThreads >= left) continue;
+      if (!is_ordinary(scale)) word = encode_plainly(from + s * kThreads * kColumns, scale);
+      to[s * kThreads] = word;
+      if (threadIdx.x % kLanes == 0) scale_to[s * (kThreads / kLanes)] = scale;
     }
   }
 }
@@ -149,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
 template <int kLanes, typename T>
 cudaError_t launch_octets(const T* w, int64_t n, int64_t d, int64_t row_stride, uint8_t* packed, float* scales,
                           cudaStream_t stream) {
-  constexpr int kSteps = 2;
+  constexpr int kSteps = sizeof(T) == 2 ? 4 : 2;
   constexpr int64_t kMostRows = 65535;  // of a grid; further rows, the kernel's loop takes
   const int64_t octets = d / kColumns, per_block = kThreads * kSteps;
   const dim3 grid(static_cast<unsigned>((octets + per_block - 1) / per_block),

@@ -99,7 +99,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 
 def test_nothing_waits_for_the_gpu() -> None:
-    w, x = inputs.normal(256, 512).cuda(), inputs.normal(4, 512).cuda()
+    w, x = inputs.normal(256, 512).to(torch.bfloat16).cuda(), inputs.normal(4, 512).to(torch.bfloat16).cuda()
     calls(w, x)
     torch.cuda.set_sync_debug_mode("error")
     try:
