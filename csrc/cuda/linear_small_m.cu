@@ -63,13 +63,65 @@ __device__ inline uint32_t word_of(const uint4& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
+// All 256 pairs, each once for every lane: sixteen bytes, four lanes' copies, at a time.
 template <typename T>
 __device__ inline void fill_table(char* table) {
-  for (int i = threadIdx.x; i < 256 * 8; i += blockDim.x) {  // sixteen bytes each: four lanes' copies
+  for (int i = threadIdx.x; i < 256 * 8; i += blockDim.x) {
     const int byte = i / 8;
     const uint32_t pair = pair_of<T>(codebook.level[nf4::even_index(byte)], codebook.level[nf4::odd_index(byte)]);
     *reinterpret_cast<uint4*>(table + byte * kTableStride + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
   }
+}
+
+// Rows of scales in shared memory start two banks apart, so that eight of them are read without a conflict.
+__host__ __device__ constexpr int scale_stride(int groups_per_row) {
+  return groups_per_row + (kWarp + 2 - groups_per_row % kWarp) % kWarp;
+}
+
+__device__ inline void stage_scales(const float* from, int rows, int groups_per_row, float* to) {
+  const int stride = scale_stride(groups_per_row);
+  for (int row = threadIdx.x / kWarp; row < rows; row += blockDim.x / kWarp)
+    for (int i = threadIdx.x % kWarp; i < groups_per_row; i += kWarp)
+      to[row * stride + i] = __ldcs(from + int64_t{row} * groups_per_row + i);
+}
+
+// Where an octet of x, the 16 bytes of 8 columns, lies: that of word `word` of a lane's bytes, in B's tile `tile`.
+//   As x is: rows of d columns. A warp then touches two lines of every row.
+//   Arranged: as the lanes read them, so that they touch as few lines as there can be (arrange() below).
+template <int kParts, int kTiles, bool kArranged>
+struct Octets {
+  static constexpr int kActivations = 8 / kParts;  // of a tile
+  static constexpr int kWord = 4 * kActivations, kTile = 4 * kWord, kChunkStride = kTiles * kTile;
+  const uint4* at;
+
+  __device__ Octets(const void* x, int d, int chunk, int activation, int t) : at(static_cast<const uint4*>(x)) {
+    at += kArranged ? int64_t{chunk} * kChunkStride + activation * 4 + t
+                    : int64_t{activation} * (d / 8) + chunk * (kChunk / 8) + t * (kLaneColumns / 8);
+  }
+  __device__ uint4 read(int d, int tile, int word) const {
+    return __ldg(at + (kArranged ? tile * kTile + word * kWord : tile * kActivations * (d / 8) + word));
+  }
+  __device__ void to_next_chunk() { at += kArranged ? kChunkStride : kChunk / 8; }
+};
+
+// One thread an octet; activations from m on and columns from x_columns on become zeros. `octets`: of all passes.
+template <int kParts, int kTiles, typename T>
+__global__ void __launch_bounds__(kThreads) arrange(const T* __restrict__ x, int64_t x_stride, int x_columns, int m,
+                                                    int chunks, int64_t octets, Vector<T>* __restrict__ arranged) {
+  using Order = Octets<kParts, kTiles, true>;
+  const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+  if (i >= octets) return;
+  const int within = static_cast<int>(i % Order::kChunkStride);
+  const int64_t chunk_of_pass = i / Order::kChunkStride;
+  const int pass = static_cast<int>(chunk_of_pass / chunks), chunk = static_cast<int>(chunk_of_pass % chunks);
+  const int tile = within / Order::kTile, word = within % Order::kTile / Order::kWord;
+  const int activation = (pass * kTiles + tile) * Order::kActivations + within % Order::kWord / 4;
+  const int column = chunk * kChunk + within % 4 * kLaneColumns + word * 8;
+  Vector<T> octet = {};
+  if (activation < m)
+    for (int k = 0; k < 8; ++k)
+      if (column + k < x_columns) octet.value[k] = x[activation * x_stride + column + k];
+  arranged[i] = octet;
 }
 
 struct Rows {
@@ -77,16 +129,19 @@ struct Rows {
 };
 
 // kWarps: of a block; they share its rows, and each takes a stretch of the columns. kBlocks: of a multiprocessor.
-template <int kParts, int kTiles, int kRowTiles, int kWarps, int kBlocks, typename T>
+// blockIdx.y is the pass: kTiles * kActivations activations each.
+template <int kParts, int kTiles, bool kArranged, int kRowTiles, int kWarps, int kBlocks, typename T>
 __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
-    multiply_few(const T* __restrict__ x, const uint8_t* __restrict__ packed, const float* __restrict__ scales,
+    multiply_few(const void* __restrict__ x, const uint8_t* __restrict__ packed, const float* __restrict__ scales,
                  const T* __restrict__ bias, const float* __restrict__ bias32, T* __restrict__ y, int m, int64_t n,
                  int d, int groups_per_row, int group_shift) {
   extern __shared__ __align__(16) char table[];
-  constexpr int kActivations = 8 / kParts;  // of a tile of the B operand
+  using Activations = Octets<kParts, kTiles, kArranged>;
+  constexpr int kActivations = Activations::kActivations;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
+  // The last block begins where it has rows enough, and computes some that the one before it computes, too.
   const int64_t first_row = min(blockIdx.x * int64_t{kTileRows * kRowTiles}, n - kTileRows * kRowTiles);
-  const int chunks = d / kChunk;
+  const int chunks = d / kChunk, pass = blockIdx.y;
   const int first = chunks * warp / kWarps, last = chunks * (warp + 1) / kWarps;
 
   // Row g of each tile; row g+8 is 8 rows on.
@@ -101,7 +156,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
     from += kChunk / 2;
   };
   Rows next[kRowTiles] = {};
-  if (first < last) load(next);  // before the table: the memory is waited for meanwhile
+  if (first < last) load(next);  // before the tables: the memory is waited for meanwhile
+  float* staged = reinterpret_cast<float*>(table + kTableBytes);
+  stage_scales(scales + first_row * groups_per_row, kTileRows * kRowTiles, groups_per_row, staged);
   fill_table<T>(table);
   // Through a shuffle the compiler learns that the address is the same in all lanes, and adds it in the load for
   // nothing.
@@ -110,11 +167,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
 
   // In the B operand this lane holds column g, that is activation g / kParts of every tile, if its own 32 columns of x
   // lie in part g % kParts of the chunk; else zeros. `active`: the activations from there on.
-  const int active = g % kParts == t * kParts / 4 ? m - g / kParts : 0;
-  const uint4* of_x = reinterpret_cast<const uint4*>(x + int64_t{g / kParts} * d + first * kChunk + t * kLaneColumns);
+  const int first_activation = pass * kTiles * kActivations;
+  const bool own_part = g % kParts == t * kParts / 4;
+  const int active = !own_part ? 0 : kArranged ? kTiles * kActivations : m - first_activation - g / kParts;
+  Activations octets(x, d, (kArranged ? pass * chunks : 0) + first, (kArranged ? 0 : first_activation) + g / kParts, t);
   // Of the result it holds columns 2t and 2t+1, and wants the scales of their parts.
-  const float* of_scale =
-      scales + (first_row + g) * groups_per_row + (kParts == 1 ? 0 : first * kParts + 2 * t % kParts);
+  const int of_row = scale_stride(groups_per_row);
+  const float* of_scale = staged + g * of_row + (kParts == 1 ? 0 : first * kParts + 2 * t % kParts);
   constexpr int kSums = kParts == 1 ? 4 : 2;  // the sums of two parts are added at once
   float sum[kRowTiles][kTiles][kSums] = {};
   for (int chunk = first; chunk < last; ++chunk) {
@@ -122,21 +181,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) rows[r] = next[r];
     if (chunk + 1 < last) load(next);
-    float scale[kRowTiles][2][2];
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float* at = of_scale + (2 * r + half) * 8 * groups_per_row;
-        if constexpr (kParts == 1) {
-          scale[r][half][0] = scale[r][half][1] = __ldg(at + (chunk >> group_shift));
-        } else {
-          const float2 two = __ldg(reinterpret_cast<const float2*>(at));
-          scale[r][half][0] = two.x, scale[r][half][1] = two.y;
-        }
-      }
-    }
-    if constexpr (kParts > 1) of_scale += kParts;
     float product[kRowTiles][kTiles][4] = {};
 #pragma unroll
     for (int word = 0; word < 4; ++word) {  // of a lane's 16 bytes: two steps of 16 columns
@@ -152,7 +196,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         uint4 b = {};
-        if (tile * kActivations < active) b = __ldg(of_x + tile * kActivations * (d / 8) + word);
+        if (tile * kActivations < active) b = octets.read(d, tile, word);
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
           multiply_add<T>(product[r][tile], a[r][0], b.x, b.y);
@@ -160,24 +204,37 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
         }
       }
     }
-    of_x += kChunk / 8;
+    octets.to_next_chunk();
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
+      for (int half = 0; half < 2; ++half) {
+        const float* at = of_scale + (2 * r + half) * 8 * of_row;
+        float2 scale;
+        if constexpr (kParts == 1) {
+          scale.x = scale.y = at[chunk >> group_shift];
+        } else {
+          scale = *reinterpret_cast<const float2*>(at);
+        }
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          float& into = sum[r][tile][kParts == 1 ? k : k / 2];
-          into = __fmaf_rn(product[r][tile][k], scale[r][k / 2][k % 2], into);
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const float (&of_tile)[4] = product[r][tile];
+          float (&into)[kSums] = sum[r][tile];
+          constexpr int kSecond = kParts == 1 ? 1 : 0;
+          const int at_sum = kParts == 1 ? 2 * half : half;
+          into[at_sum] = __fmaf_rn(of_tile[2 * half], scale.x, into[at_sum]);
+          into[at_sum + kSecond] = __fmaf_rn(of_tile[2 * half + 1], scale.y, into[at_sum + kSecond]);
         }
       }
     }
+    if constexpr (kParts > 1) of_scale += kParts;
   }
 
   // The warps' sums, added in the order of the columns.
   __syncthreads();  // the table is done with
   float* sums = reinterpret_cast<float*>(table);
   constexpr int kValues = kRowTiles * kTiles * kSums;
+  static_assert(kWarps * kValues * kWarp * sizeof(float) <= kTableBytes);
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
     float value = sum[v / (kTiles * kSums)][v / kSums % kTiles][v % kSums];
@@ -189,7 +246,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
     const int v = i / kWarp, source = i % kWarp, r = v / (kTiles * kSums), tile = v / kSums % kTiles, s = v % kSums;
     const int half = kParts == 1 ? s / 2 : s, column = 2 * (source % 4) + (kParts == 1 ? s % 2 : 0);
     const int64_t row = first_row + r * kTileRows + half * 8 + source / 4;
-    const int activation = tile * kActivations + column / kParts;
+    const int activation = first_activation + tile * kActivations + column / kParts;
     if (activation >= m || column % kParts != 0) continue;
     float total = 0;
 #pragma unroll
@@ -200,52 +257,101 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
   }
 }
 
-template <int kParts, int kTiles, int kRowTiles, int kWarps, int kBlocks, typename T>
-cudaError_t launch(int64_t m, const T* x, const uint8_t* packed, const float* scales, const T* bias,
-                   const float* bias32, T* y, int64_t n, int64_t d, int64_t group_size, cudaStream_t stream) {
-  const auto kernel = multiply_few<kParts, kTiles, kRowTiles, kWarps, kBlocks, T>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTableBytes);
+constexpr int kRowTiles = 2;  // of a warp: they share what it reads of x
+constexpr int kRows = kRowTiles * kTileRows;
+
+int shared_bytes(int64_t d, int64_t group_size) {
+  return kTableBytes + kRows * scale_stride(static_cast<int>(d / group_size)) * static_cast<int>(sizeof(float));
+}
+
+template <int kParts, int kTiles, bool kArranged, typename T>
+cudaError_t launch(const FewActivations<T>& call, cudaStream_t stream) {
+  constexpr int kWarps = 8, kBlocks = kTiles <= 4 ? 2 : 1;
+  constexpr int kOfPass = Octets<kParts, kTiles, kArranged>::kActivations * kTiles;
+  const int chunks = static_cast<int>(call.d / kChunk), m = static_cast<int>(call.m);
+  const int passes = (m + kOfPass - 1) / kOfPass;
+  const void* x = call.x;
+  if constexpr (kArranged) {
+    const int64_t octets = int64_t{passes} * chunks * Octets<kParts, kTiles, true>::kChunkStride;
+    const auto blocks = static_cast<unsigned>((octets + kThreads - 1) / kThreads);
+    arrange<kParts, kTiles><<<blocks, kThreads, 0, stream>>>(call.x, call.x_stride, static_cast<int>(call.x_columns), m,
+                                                             chunks, octets, static_cast<Vector<T>*>(call.scratch));
+    x = call.scratch;
+  }
+  const auto kernel = multiply_few<kParts, kTiles, kArranged, kRowTiles, kWarps, kBlocks, T>;
+  const int shared = shared_bytes(call.d, call.group_size);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
-  constexpr int kRows = kTileRows * kRowTiles;
-  kernel<<<static_cast<unsigned>((n + kRows - 1) / kRows), kWarps * kWarp, kTableBytes, stream>>>(
-      x, packed, scales, bias, bias32, y, static_cast<int>(m), n, static_cast<int>(d), static_cast<int>(d / group_size),
-      group_size <= kChunk ? 0 : std::countr_zero(static_cast<uint64_t>(group_size / kChunk)));
+  const dim3 grid(static_cast<unsigned>((call.n + kRows - 1) / kRows), passes);
+  const int shift = call.group_size <= kChunk ? 0 : std::countr_zero(static_cast<uint64_t>(call.group_size / kChunk));
+  kernel<<<grid, kWarps * kWarp, shared, stream>>>(x, call.packed, call.scales, call.bias, call.bias32, call.y, m,
+                                                   call.n, static_cast<int>(call.d),
+                                                   static_cast<int>(call.d / call.group_size), shift);
   return cudaGetLastError();
 }
 
-template <int kParts, typename T, typename... Arguments>
-cudaError_t launch_for(int64_t m, Arguments... arguments) {
-  constexpr int kActivations = 8 / kParts;
-  if (m <= kActivations) return launch<kParts, 1, 1, 16, 2, T>(m, arguments...);
-  if (m <= 2 * kActivations) return launch<kParts, 2, 1, 16, 2, T>(m, arguments...);
-  if (m <= 4 * kActivations) return launch<kParts, 4, 1, 16, 1, T>(m, arguments...);
-  return launch<kParts, 8, 1, 16, 1, T>(m, arguments...);
+int parts_of(int64_t group_size) { return group_size == 32 ? 4 : group_size == 64 ? 2 : 1; }
+
+// Tiles of 8 / kParts activations that a pass takes: no more than are needed, and not so many that registers run out.
+int tiles_for(int64_t m, int64_t group_size) {
+  const int64_t tiles = (m * parts_of(group_size) + 7) / 8;
+  return tiles <= 1 ? 1 : tiles <= 2 ? 2 : tiles <= 4 ? 4 : 8;
+}
+
+template <int kParts, typename T>
+cudaError_t launch_for(const FewActivations<T>& call, cudaStream_t stream) {
+  switch (tiles_for(call.m, call.group_size)) {
+    case 1:
+      return call.scratch ? launch<kParts, 1, true>(call, stream) : launch<kParts, 1, false>(call, stream);
+    case 2:
+      return launch<kParts, 2, true>(call, stream);
+    case 4:
+      return launch<kParts, 4, true>(call, stream);
+    default:
+      return launch<kParts, 8, true>(call, stream);
+  }
 }
 
 }  // namespace
 
+int multiprocessors() {
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 bool linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size) {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 8)
-    return false;
+  constexpr int64_t kMostActivations = 64;  // above, cuBLAS on a decoded weight is faster
   const bool is_power_of_two = (group_size & (group_size - 1)) == 0;
-  return is_power_of_two && group_size >= kLaneColumns && m <= 64 * std::min<int64_t>(group_size, kChunk) / kChunk &&
-         d % kChunk == 0 && d > 0 && n >= 2 * kTileRows && d < (int64_t{1} << 24);
+  if (!is_power_of_two || group_size < kLaneColumns || d == 0 || d % kChunk != 0 || d >= int64_t{1} << 24) return false;
+  if (m > kMostActivations || n < kRows) return false;
+  int device = 0, major = 0, shared = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
+  return major >= 8 && shared >= shared_bytes(d, group_size);
+}
+
+bool linear_few_reads_x(int64_t m, int64_t group_size) { return tiles_for(m, group_size) == 1; }
+
+int64_t linear_few_scratch(int64_t m, int64_t d, int64_t group_size) {
+  const int64_t of_pass = tiles_for(m, group_size) * 8 / parts_of(group_size);
+  return (m + of_pass - 1) / of_pass * of_pass * d;
 }
 
 template <typename T>
-cudaError_t linear_few(const T* x, const uint8_t* packed, const float* scales, const T* bias, const float* bias32, T* y,
-                       int64_t m, int64_t n, int64_t d, int64_t group_size, cudaStream_t stream) {
-  if (group_size == 32) return launch_for<4, T>(m, x, packed, scales, bias, bias32, y, n, d, group_size, stream);
-  if (group_size == 64) return launch_for<2, T>(m, x, packed, scales, bias, bias32, y, n, d, group_size, stream);
-  return launch_for<1, T>(m, x, packed, scales, bias, bias32, y, n, d, group_size, stream);
+cudaError_t linear_few(const FewActivations<T>& call, cudaStream_t stream) {
+  switch (parts_of(call.group_size)) {
+    case 4:
+      return launch_for<4>(call, stream);
+    case 2:
+      return launch_for<2>(call, stream);
+    default:
+      return launch_for<1>(call, stream);
+  }
 }
 
-#define SQUISH_INSTANTIATE_LINEAR(T)                                                                           \
-  template cudaError_t linear_few(const T*, const uint8_t*, const float*, const T*, const float*, T*, int64_t, \
-                                  int64_t, int64_t, int64_t, cudaStream_t)
-SQUISH_INSTANTIATE_LINEAR(nf4::BFloat16);
-SQUISH_INSTANTIATE_LINEAR(nf4::Float16);
+template cudaError_t linear_few(const FewActivations<nf4::BFloat16>&, cudaStream_t);
+template cudaError_t linear_few(const FewActivations<nf4::Float16>&, cudaStream_t);
 
 }  // namespace squish::cuda

@@ -1,6 +1,6 @@
 // linear_nf4 and its gradient on CUDA: tiles of the weight are decoded into a small scratch, and ATen multiplies; no
 // call ever holds a large weight whole.
-#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -17,7 +17,7 @@
 namespace squish::ops {
 namespace {
 
-constexpr int64_t kTileBytes = int64_t{32} << 20;     // decoded weight in scratch
+constexpr int64_t kTileBytes = int64_t{128} << 20;    // decoded weight in scratch: most layers whole
 constexpr int64_t kProductBytes = int64_t{64} << 20;  // float32 products in scratch, before they are rounded
 
 template <typename Use>
@@ -37,31 +37,40 @@ bool is_aligned(const Tensor& tensor, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
-// rows as the kernel for few activations wants them: as wide as the weight (zeros meet its padding), and aligned.
-Tensor as_wide_as(int64_t columns, const Tensor& rows) {
-  if (rows.size(1) != columns) return at::constant_pad_nd(rows, {0, columns - rows.size(1)});
-  const Tensor contiguous = rows.contiguous();
-  return is_aligned(contiguous, 16) ? contiguous : contiguous.clone();
+template <typename T>
+const T* data_of(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
 }
 
 // The product on the packed weight itself, for few activations of 16 bits. False if no kernel takes these arguments.
 bool multiply_few(const Tensor& rows, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
                   int64_t group_size, const Tensor& y) {
-  const int64_t m = rows.size(0), n = packed.size(0), columns = packed.size(1) * 2;
-  if (rows.scalar_type() == at::kFloat || !cuda::linear_few_takes(m, n, columns, group_size)) return false;
-  if (!is_aligned(packed, 16) || !is_aligned(scales, 8)) return false;
-  const Tensor x = as_wide_as(columns, rows);
-  const bool same = is_given(bias) && bias->scalar_type() == x.scalar_type();
-  const Tensor own_bias = is_given(bias) ? bias->contiguous() : Tensor();
-  const Tensor bias32 = is_given(bias) && !same ? own_bias.to(at::kFloat) : Tensor();
-  const auto stream = c10::cuda::getCurrentCUDAStream().stream();
+  const int64_t m = rows.size(0), n = packed.size(0), d = packed.size(1) * 2;
+  if (rows.scalar_type() == at::kFloat || !is_aligned(packed, 16)) return false;
+  if (!cuda::linear_few_takes(m, n, d, group_size)) return false;
+  const Tensor x = rows.stride(1) == 1 ? rows : rows.contiguous();
+  const bool as_it_is =
+      cuda::linear_few_reads_x(m, group_size) && x.size(1) == d && x.is_contiguous() && is_aligned(x, 16);
+  const Tensor scratch = as_it_is ? Tensor() : at::empty({cuda::linear_few_scratch(m, d, group_size)}, x.options());
+  const Tensor any_bias = is_given(bias) ? bias->contiguous() : Tensor();
+  const bool same = any_bias.defined() && any_bias.scalar_type() == x.scalar_type();
+  const Tensor bias32 = any_bias.defined() && !same ? any_bias.to(at::kFloat) : Tensor();
   const auto launch = [&](auto zero) {
     using T = decltype(zero);
-    C10_CUDA_CHECK(cuda::linear_few(static_cast<const T*>(x.const_data_ptr()), packed.const_data_ptr<uint8_t>(),
-                                    scales.const_data_ptr<float>(),
-                                    same ? static_cast<const T*>(own_bias.const_data_ptr()) : nullptr,
-                                    bias32.defined() ? bias32.const_data_ptr<float>() : nullptr,
-                                    static_cast<T*>(y.mutable_data_ptr()), m, n, columns, group_size, stream));
+    const cuda::FewActivations<T> call{data_of<T>(x),
+                                       packed.const_data_ptr<uint8_t>(),
+                                       scales.const_data_ptr<float>(),
+                                       same ? data_of<T>(any_bias) : nullptr,
+                                       data_of<float>(bias32),
+                                       static_cast<T*>(y.mutable_data_ptr()),
+                                       as_it_is ? nullptr : scratch.mutable_data_ptr(),
+                                       m,
+                                       n,
+                                       d,
+                                       x.size(1),
+                                       x.stride(0),
+                                       group_size};
+    C10_CUDA_CHECK(cuda::linear_few(call, c10::cuda::getCurrentCUDAStream().stream()));
   };
   if (x.scalar_type() == at::kBFloat16) {
     launch(nf4::BFloat16{});
@@ -69,6 +78,28 @@ bool multiply_few(const Tensor& rows, const Tensor& packed, const Tensor& scales
     launch(nf4::Float16{});
   }
   return true;
+}
+
+// Whether a product of rows x columns has tiles enough for every multiprocessor. If not, a library may split the sum
+// among several, and may round their parts to 16 bits; then we ask it for float32, and round ourselves.
+bool fills_the_gpu(int64_t rows, int64_t columns) {
+  const auto tiles = [](int64_t size) { return (size + 127) / 128; };
+  return 4 * tiles(rows) * tiles(columns) >= 3 * cuda::multiprocessors();
+}
+
+// y = x W' + bias for some rows of the weight, which are columns of y, and the same of the bias.
+void multiply_into(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y) {
+  Tensor out = y;
+  const bool same = !bias.defined() || bias.scalar_type() == x.scalar_type();
+  if (x.size(1) == 0 || !same || !fills_the_gpu(x.size(0), weight.size(0))) {
+    const Tensor product = multiply(x, weight.t());
+    if (bias.defined()) product.add_(bias);
+    out.copy_(product);
+  } else if (bias.defined()) {
+    at::addmm_out(out, bias, x, weight.t());
+  } else {
+    at::mm_out(out, x, weight.t());
+  }
 }
 
 Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
@@ -83,13 +114,12 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   const Tensor rows = x.reshape({m, d}), y = result.view({m, n});
   const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
   if (multiply_few(rows, bytes, scale, bias, group_size, y)) return result;
-  const Tensor bias32 = is_given(bias) ? bias->to(at::kFloat) : Tensor();
+  const Tensor any_bias = is_given(bias) ? *bias : Tensor();
   for_each_tile(bytes, scale, group_size, d, x.scalar_type(), [&](int64_t row, const Tensor& tile) {
     const int64_t count = tile.size(0);
+    const Tensor of_tile = any_bias.defined() ? any_bias.narrow(0, row, count) : any_bias;
     for_each_stretch_of_activations(m, count, kProductBytes, [&](int64_t first, int64_t stretch) {
-      Tensor product = multiply(rows.narrow(0, first, stretch), tile.t());
-      if (bias32.defined()) product.add_(bias32.narrow(0, row, count));
-      y.narrow(0, first, stretch).narrow(1, row, count).copy_(product);
+      multiply_into(rows.narrow(0, first, stretch), tile, of_tile, y.narrow(0, first, stretch).narrow(1, row, count));
     });
   });
   return result;
@@ -108,13 +138,20 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
   const int64_t m = dy.numel() / n;
   const Tensor rows = dy.reshape({m, n}), dx = result.view({m, d});
   const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  // A weight that is one tile needs no sum over tiles.
+  const bool whole = bytes.numel() * 2 * dy.element_size() <= kTileBytes && fills_the_gpu(m, d);
   // Twice d floats for each: the sum, and the product that is added to it.
   for_each_stretch_of_activations(m, 2 * d, kProductBytes, [&](int64_t first, int64_t count) {
-    const Tensor sum = at::zeros({count, d}, dy.options().dtype(at::kFloat));
+    Tensor out = dx.narrow(0, first, count);
+    const Tensor sum = whole ? Tensor() : at::zeros({count, d}, dy.options().dtype(at::kFloat));
     for_each_tile(bytes, scale, group_size, d, dy.scalar_type(), [&](int64_t row, const Tensor& tile) {
+      if (whole) {
+        at::mm_out(out, rows.narrow(0, first, count), tile);
+        return;
+      }
       sum.add_(multiply(rows.narrow(0, first, count).narrow(1, row, tile.size(0)), tile));
     });
-    dx.narrow(0, first, count).copy_(sum);
+    if (!whole) out.copy_(sum);
   });
   return result;
 }
