@@ -78,11 +78,26 @@ __host__ __device__ constexpr int scale_stride(int groups_per_row) {
   return groups_per_row + (kWarp + 2 - groups_per_row % kWarp) % kWarp;
 }
 
+// Copies that go on while the threads do; wait_for_copies() and a barrier end them.
+__device__ inline void copy_float(const float* from, float* to) {
+#if __CUDA_ARCH__ >= 800
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
+#else
+  __trap();  // linear_few_takes() has said no
+#endif
+}
+__device__ inline void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 __device__ inline void stage_scales(const float* from, int rows, int groups_per_row, float* to) {
   const int stride = scale_stride(groups_per_row);
   for (int row = threadIdx.x / kWarp; row < rows; row += blockDim.x / kWarp)
     for (int i = threadIdx.x % kWarp; i < groups_per_row; i += kWarp)
-      to[row * stride + i] = __ldcs(from + int64_t{row} * groups_per_row + i);
+      copy_float(from + int64_t{row} * groups_per_row + i, to + row * stride + i);
 }
 
 // Where an octet of x, the 16 bytes of 8 columns, lies: that of word `word` of a lane's bytes, in B's tile `tile`.
@@ -124,25 +139,30 @@ __global__ void __launch_bounds__(kThreads) arrange(const T* __restrict__ x, int
   arranged[i] = octet;
 }
 
+constexpr int kMostWarps = 16;                                     // of a block
+constexpr int kMostRows = 2 * kTileRows;                           // of a block
+constexpr int row_tiles(int tiles) { return tiles == 8 ? 1 : 2; }  // of a block; they share what is read of x
+
 struct Rows {
   uint4 low, high;  // packed bytes of a lane's columns in row g and row g+8 of a tile
 };
 
-// kWarps: of a block; they share its rows, and each takes a stretch of the columns. kBlocks: of a multiprocessor.
-// blockIdx.y is the pass: kTiles * kActivations activations each.
-template <int kParts, int kTiles, bool kArranged, int kRowTiles, int kWarps, int kBlocks, typename T>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
+// The warps of a block, kMostWarps at most, share its rows, and each takes a stretch of the columns. blockIdx.y is the
+// pass: kTiles * kActivations activations each.
+template <int kParts, int kTiles, bool kArranged, typename T>
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     multiply_few(const void* __restrict__ x, const uint8_t* __restrict__ packed, const float* __restrict__ scales,
                  const T* __restrict__ bias, const float* __restrict__ bias32, T* __restrict__ y, int m, int64_t n,
                  int d, int groups_per_row, int group_shift) {
   extern __shared__ __align__(16) char table[];
   using Activations = Octets<kParts, kTiles, kArranged>;
-  constexpr int kActivations = Activations::kActivations;
+  constexpr int kActivations = Activations::kActivations, kRowTiles = row_tiles(kTiles);
+  const int warps = blockDim.x / kWarp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   // The last block begins where it has rows enough, and computes some that the one before it computes, too.
   const int64_t first_row = min(blockIdx.x * int64_t{kTileRows * kRowTiles}, n - kTileRows * kRowTiles);
   const int chunks = d / kChunk, pass = blockIdx.y;
-  const int first = chunks * warp / kWarps, last = chunks * (warp + 1) / kWarps;
+  const int first = chunks * warp / warps, last = chunks * (warp + 1) / warps;
 
   // Row g of each tile; row g+8 is 8 rows on.
   const uint8_t* from = packed + (first_row + g) * (d / 2) + first * (kChunk / 2) + t * (kLaneColumns / 2);
@@ -163,6 +183,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
   // Through a shuffle the compiler learns that the address is the same in all lanes, and adds it in the load for
   // nothing.
   const uint32_t table_at = __shfl_sync(kWholeWarp, static_cast<uint32_t>(__cvta_generic_to_shared(table)), 0);
+  wait_for_copies();
   __syncthreads();
 
   // In the B operand this lane holds column g, that is activation g / kParts of every tile, if its own 32 columns of x
@@ -234,7 +255,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
   __syncthreads();  // the table is done with
   float* sums = reinterpret_cast<float*>(table);
   constexpr int kValues = kRowTiles * kTiles * kSums;
-  static_assert(kWarps * kValues * kWarp * sizeof(float) <= kTableBytes);
+  static_assert(kMostWarps * kValues * kWarp * sizeof(float) <= kTableBytes);
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
     float value = sum[v / (kTiles * kSums)][v / kSums % kTiles][v % kSums];
@@ -242,31 +263,27 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
     sums[(warp * kValues + v) * kWarp + lane] = value;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kValues * kWarp; i += kWarps * kWarp) {
+  for (int i = threadIdx.x; i < kValues * kWarp; i += blockDim.x) {
     const int v = i / kWarp, source = i % kWarp, r = v / (kTiles * kSums), tile = v / kSums % kTiles, s = v % kSums;
     const int half = kParts == 1 ? s / 2 : s, column = 2 * (source % 4) + (kParts == 1 ? s % 2 : 0);
     const int64_t row = first_row + r * kTileRows + half * 8 + source / 4;
     const int activation = first_activation + tile * kActivations + column / kParts;
     if (activation >= m || column % kParts != 0) continue;
     float total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += sums[(w * kValues + v) * kWarp + source];
+    for (int w = 0; w < warps; ++w) total += sums[(w * kValues + v) * kWarp + source];
     if (bias) total += nf4::to_float(bias[row]);
     if (bias32) total += bias32[row];
     y[activation * n + row] = nf4::from_float<T>(total);
   }
 }
 
-constexpr int kRowTiles = 2;  // of a warp: they share what it reads of x
-constexpr int kRows = kRowTiles * kTileRows;
-
 int shared_bytes(int64_t d, int64_t group_size) {
-  return kTableBytes + kRows * scale_stride(static_cast<int>(d / group_size)) * static_cast<int>(sizeof(float));
+  return kTableBytes + kMostRows * scale_stride(static_cast<int>(d / group_size)) * static_cast<int>(sizeof(float));
 }
 
 template <int kParts, int kTiles, bool kArranged, typename T>
 cudaError_t launch(const FewActivations<T>& call, cudaStream_t stream) {
-  constexpr int kWarps = 8, kBlocks = kTiles <= 4 ? 2 : 1;
+  constexpr int kRows = kTileRows * row_tiles(kTiles);
   constexpr int kOfPass = Octets<kParts, kTiles, kArranged>::kActivations * kTiles;
   const int chunks = static_cast<int>(call.d / kChunk), m = static_cast<int>(call.m);
   const int passes = (m + kOfPass - 1) / kOfPass;
@@ -278,15 +295,17 @@ cudaError_t launch(const FewActivations<T>& call, cudaStream_t stream) {
                                                              chunks, octets, static_cast<Vector<T>*>(call.scratch));
     x = call.scratch;
   }
-  const auto kernel = multiply_few<kParts, kTiles, kArranged, kRowTiles, kWarps, kBlocks, T>;
+  const auto kernel = multiply_few<kParts, kTiles, kArranged, T>;
   const int shared = shared_bytes(call.d, call.group_size);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>((call.n + kRows - 1) / kRows), passes);
   const int shift = call.group_size <= kChunk ? 0 : std::countr_zero(static_cast<uint64_t>(call.group_size / kChunk));
-  kernel<<<grid, kWarps * kWarp, shared, stream>>>(x, call.packed, call.scales, call.bias, call.bias32, call.y, m,
-                                                   call.n, static_cast<int>(call.d),
-                                                   static_cast<int>(call.d / call.group_size), shift);
+  // Registers suffice for 16 warps of a multiprocessor: of two blocks, or of one, if there are no more blocks.
+  const int warps = static_cast<int>(grid.x) <= multiprocessors() ? kMostWarps : kMostWarps / 2;
+  kernel<<<grid, warps * kWarp, shared, stream>>>(x, call.packed, call.scales, call.bias, call.bias32, call.y, m,
+                                                  call.n, static_cast<int>(call.d),
+                                                  static_cast<int>(call.d / call.group_size), shift);
   return cudaGetLastError();
 }
 
@@ -300,11 +319,12 @@ int tiles_for(int64_t m, int64_t group_size) {
 
 template <int kParts, typename T>
 cudaError_t launch_for(const FewActivations<T>& call, cudaStream_t stream) {
-  switch (tiles_for(call.m, call.group_size)) {
+  const int tiles = tiles_for(call.m, call.group_size);
+  switch (tiles) {
     case 1:
-      return call.scratch ? launch<kParts, 1, true>(call, stream) : launch<kParts, 1, false>(call, stream);
     case 2:
-      return launch<kParts, 2, true>(call, stream);
+      if (call.scratch) return launch<kParts, 2, true>(call, stream);
+      return tiles == 1 ? launch<kParts, 1, false>(call, stream) : launch<kParts, 2, false>(call, stream);
     case 4:
       return launch<kParts, 4, true>(call, stream);
     default:
@@ -321,10 +341,10 @@ int multiprocessors() {
 }
 
 bool linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size) {
-  constexpr int64_t kMostActivations = 64;  // above, cuBLAS on a decoded weight is faster
+  constexpr int64_t kMostActivations = 32;  // above, cuBLAS on a decoded weight is faster
   const bool is_power_of_two = (group_size & (group_size - 1)) == 0;
   if (!is_power_of_two || group_size < kLaneColumns || d == 0 || d % kChunk != 0 || d >= int64_t{1} << 24) return false;
-  if (m > kMostActivations || n < kRows) return false;
+  if (m > kMostActivations || n < kMostRows) return false;
   int device = 0, major = 0, shared = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
@@ -332,10 +352,10 @@ bool linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size) {
   return major >= 8 && shared >= shared_bytes(d, group_size);
 }
 
-bool linear_few_reads_x(int64_t m, int64_t group_size) { return tiles_for(m, group_size) == 1; }
+bool linear_few_reads_x(int64_t m, int64_t group_size) { return tiles_for(m, group_size) <= 2; }
 
 int64_t linear_few_scratch(int64_t m, int64_t d, int64_t group_size) {
-  const int64_t of_pass = tiles_for(m, group_size) * 8 / parts_of(group_size);
+  const int64_t of_pass = std::max(tiles_for(m, group_size), 2) * 8 / parts_of(group_size);
   return (m + of_pass - 1) / of_pass * of_pass * d;
 }
 

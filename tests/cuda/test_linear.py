@@ -88,6 +88,9 @@ def test_every_size_of_weight(dtype: torch.dtype, m: int) -> None:
 def test_a_layer_as_large_as_those_of_models(dtype: torch.dtype) -> None:
     for m in (1, 5, 16, 32, 64, 300):
         check_linear(4096, 4096, 64, m, dtype, dtype)
+    check_linear(4096, 4096, 64, 700, dtype, dtype)  # cuBLAS has enough to do, and writes the result itself
+    check_linear(4096, 4096, 64, 700, dtype, torch.float16)
+    check_linear(4096, 4096, 64, 700, dtype, None)
     check_linear(11008, 4096, 64, 3, dtype, None)
     check_linear(4096, 14336, 128, 3, dtype, None)
 
@@ -141,6 +144,15 @@ def test_gradients(dtype: torch.dtype) -> None:
             assert bias.grad is not None
             assert_product(x.grad, dy, weight, None, f"n {n}, d {d}, m {m}")
             assert relative(bias.grad, dy.double().sum(0)) <= (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", inputs.DENSE_DTYPES, ids=str)
+def test_the_gradient_of_a_layer_as_large_as_those_of_models(dtype: torch.dtype) -> None:
+    packed, scales = (t.cuda() for t in inputs.packed_weight(4096, 4096, 64))
+    weight = OPS.dequantize_nf4(packed, scales, 64)
+    for m in (3, 700):
+        dy = inputs.normal(m, 4096, seed=12).to(dtype).cuda()
+        assert_product(OPS._linear_nf4_grad_x(dy, packed, scales, 64, 4096), dy, weight, None, m)
 
 
 def test_a_layer_that_was_quantized_on_the_gpu_is_the_one_quantized_on_the_cpu() -> None:
