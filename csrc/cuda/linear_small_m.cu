@@ -119,18 +119,17 @@ struct Octets {
   __device__ void to_next_chunk() { at += kArranged ? kChunkStride : kChunk / 8; }
 };
 
-// One thread an octet; activations from m on and columns from x_columns on become zeros. `octets`: of all passes.
+// One thread an octet; activations from m on and columns from x_columns on become zeros.
 template <int kParts, int kTiles, typename T>
 __global__ void __launch_bounds__(kThreads) arrange(const T* __restrict__ x, int64_t x_stride, int x_columns, int m,
-                                                    int chunks, int64_t octets, Vector<T>* __restrict__ arranged) {
+                                                    int64_t octets, Vector<T>* __restrict__ arranged) {
   using Order = Octets<kParts, kTiles, true>;
   const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (i >= octets) return;
   const int within = static_cast<int>(i % Order::kChunkStride);
-  const int64_t chunk_of_pass = i / Order::kChunkStride;
-  const int pass = static_cast<int>(chunk_of_pass / chunks), chunk = static_cast<int>(chunk_of_pass % chunks);
+  const int chunk = static_cast<int>(i / Order::kChunkStride);
   const int tile = within / Order::kTile, word = within % Order::kTile / Order::kWord;
-  const int activation = (pass * kTiles + tile) * Order::kActivations + within % Order::kWord / 4;
+  const int activation = tile * Order::kActivations + within % Order::kWord / 4;
   const int column = chunk * kChunk + within % 4 * kLaneColumns + word * 8;
   Vector<T> octet = {};
   if (activation < m)
@@ -139,16 +138,18 @@ __global__ void __launch_bounds__(kThreads) arrange(const T* __restrict__ x, int
   arranged[i] = octet;
 }
 
-constexpr int kMostWarps = 16;                                     // of a block
-constexpr int kMostRows = 2 * kTileRows;                           // of a block
-constexpr int row_tiles(int tiles) { return tiles == 8 ? 1 : 2; }  // of a block; they share what is read of x
+constexpr int kMostTiles = 8;             // of 8 columns of B; registers hold no more
+constexpr int kMostWarps = 16;            // of a block
+constexpr int kMostRows = 2 * kTileRows;  // of a block
+
+// Tiles of 16 rows in a warp: two share what it reads of x.
+constexpr int row_tiles(int tiles) { return tiles == kMostTiles ? 1 : 2; }
 
 struct Rows {
   uint4 low, high;  // packed bytes of a lane's columns in row g and row g+8 of a tile
 };
 
-// The warps of a block, kMostWarps at most, share its rows, and each takes a stretch of the columns. blockIdx.y is the
-// pass: kTiles * kActivations activations each.
+// The warps of a block, kMostWarps at most, share its rows, and each takes a stretch of the columns.
 template <int kParts, int kTiles, bool kArranged, typename T>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     multiply_few(const void* __restrict__ x, const uint8_t* __restrict__ packed, const float* __restrict__ scales,
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   // The last block begins where it has rows enough, and computes some that the one before it computes, too.
   const int64_t first_row = min(blockIdx.x * int64_t{kTileRows * kRowTiles}, n - kTileRows * kRowTiles);
-  const int chunks = d / kChunk, pass = blockIdx.y;
+  const int chunks = d / kChunk;
   const int first = chunks * warp / warps, last = chunks * (warp + 1) / warps;
 
   // Row g of each tile; row g+8 is 8 rows on.
@@ -188,10 +189,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
 
   // In the B operand this lane holds column g, that is activation g / kParts of every tile, if its own 32 columns of x
   // lie in part g % kParts of the chunk; else zeros. `active`: the activations from there on.
-  const int first_activation = pass * kTiles * kActivations;
   const bool own_part = g % kParts == t * kParts / 4;
-  const int active = !own_part ? 0 : kArranged ? kTiles * kActivations : m - first_activation - g / kParts;
-  Activations octets(x, d, (kArranged ? pass * chunks : 0) + first, (kArranged ? 0 : first_activation) + g / kParts, t);
+  const int active = !own_part ? 0 : kArranged ? kTiles * kActivations : m - g / kParts;
+  Activations octets(x, d, first, g / kParts, t);
   // Of the result it holds columns 2t and 2t+1, and wants the scales of their parts.
   const int of_row = scale_stride(groups_per_row);
   const float* of_scale = staged + g * of_row + (kParts == 1 ? 0 : first * kParts + 2 * t % kParts);
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     const int v = i / kWarp, source = i % kWarp, r = v / (kTiles * kSums), tile = v / kSums % kTiles, s = v % kSums;
     const int half = kParts == 1 ? s / 2 : s, column = 2 * (source % 4) + (kParts == 1 ? s % 2 : 0);
     const int64_t row = first_row + r * kTileRows + half * 8 + source / 4;
-    const int activation = first_activation + tile * kActivations + column / kParts;
+    const int activation = tile * kActivations + column / kParts;
     if (activation >= m || column % kParts != 0) continue;
     float total = 0;
     for (int w = 0; w < warps; ++w) total += sums[(w * kValues + v) * kWarp + source];
@@ -284,37 +284,35 @@ int shared_bytes(int64_t d, int64_t group_size) {
 template <int kParts, int kTiles, bool kArranged, typename T>
 cudaError_t launch(const FewActivations<T>& call, cudaStream_t stream) {
   constexpr int kRows = kTileRows * row_tiles(kTiles);
-  constexpr int kOfPass = Octets<kParts, kTiles, kArranged>::kActivations * kTiles;
-  const int chunks = static_cast<int>(call.d / kChunk), m = static_cast<int>(call.m);
-  const int passes = (m + kOfPass - 1) / kOfPass;
+  const int m = static_cast<int>(call.m);
   const void* x = call.x;
   if constexpr (kArranged) {
-    const int64_t octets = int64_t{passes} * chunks * Octets<kParts, kTiles, true>::kChunkStride;
+    const int64_t octets = call.d / kChunk * Octets<kParts, kTiles, true>::kChunkStride;
     const auto blocks = static_cast<unsigned>((octets + kThreads - 1) / kThreads);
     arrange<kParts, kTiles><<<blocks, kThreads, 0, stream>>>(call.x, call.x_stride, static_cast<int>(call.x_columns), m,
-                                                             chunks, octets, static_cast<Vector<T>*>(call.scratch));
+                                                             octets, static_cast<Vector<T>*>(call.scratch));
     x = call.scratch;
   }
   const auto kernel = multiply_few<kParts, kTiles, kArranged, T>;
   const int shared = shared_bytes(call.d, call.group_size);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>((call.n + kRows - 1) / kRows), passes);
+  const auto blocks = static_cast<unsigned>((call.n + kRows - 1) / kRows);
   const int shift = call.group_size <= kChunk ? 0 : std::countr_zero(static_cast<uint64_t>(call.group_size / kChunk));
   // Registers suffice for 16 warps of a multiprocessor: of two blocks, or of one, if there are no more blocks.
-  const int warps = static_cast<int>(grid.x) <= multiprocessors() ? kMostWarps : kMostWarps / 2;
-  kernel<<<grid, warps * kWarp, shared, stream>>>(x, call.packed, call.scales, call.bias, call.bias32, call.y, m,
-                                                  call.n, static_cast<int>(call.d),
-                                                  static_cast<int>(call.d / call.group_size), shift);
+  const int warps = static_cast<int>(blocks) <= multiprocessors() ? kMostWarps : kMostWarps / 2;
+  kernel<<<blocks, warps * kWarp, shared, stream>>>(x, call.packed, call.scales, call.bias, call.bias32, call.y, m,
+                                                    call.n, static_cast<int>(call.d),
+                                                    static_cast<int>(call.d / call.group_size), shift);
   return cudaGetLastError();
 }
 
 int parts_of(int64_t group_size) { return group_size == 32 ? 4 : group_size == 64 ? 2 : 1; }
 
-// Tiles of 8 / kParts activations that a pass takes: no more than are needed, and not so many that registers run out.
+// Tiles of 8 / kParts activations.
 int tiles_for(int64_t m, int64_t group_size) {
   const int64_t tiles = (m * parts_of(group_size) + 7) / 8;
-  return tiles <= 1 ? 1 : tiles <= 2 ? 2 : tiles <= 4 ? 4 : 8;
+  return tiles <= 1 ? 1 : tiles <= 2 ? 2 : tiles <= 4 ? 4 : kMostTiles;
 }
 
 template <int kParts, typename T>
@@ -328,7 +326,7 @@ cudaError_t launch_for(const FewActivations<T>& call, cudaStream_t stream) {
     case 4:
       return launch<kParts, 4, true>(call, stream);
     default:
-      return launch<kParts, 8, true>(call, stream);
+      return launch<kParts, kMostTiles, true>(call, stream);
   }
 }
 
@@ -341,10 +339,10 @@ int multiprocessors() {
 }
 
 bool linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size) {
-  constexpr int64_t kMostActivations = 32;  // above, cuBLAS on a decoded weight is faster
   const bool is_power_of_two = (group_size & (group_size - 1)) == 0;
   if (!is_power_of_two || group_size < kLaneColumns || d == 0 || d % kChunk != 0 || d >= int64_t{1} << 24) return false;
-  if (m > kMostActivations || n < kMostRows) return false;
+  // More activations would read the weight twice, and cuBLAS on a decoded weight is faster than that.
+  if (m * parts_of(group_size) > 8 * kMostTiles || n < kMostRows) return false;
   int device = 0, major = 0, shared = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
@@ -355,8 +353,7 @@ bool linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size) {
 bool linear_few_reads_x(int64_t m, int64_t group_size) { return tiles_for(m, group_size) <= 2; }
 
 int64_t linear_few_scratch(int64_t m, int64_t d, int64_t group_size) {
-  const int64_t of_pass = std::max(tiles_for(m, group_size), 2) * 8 / parts_of(group_size);
-  return (m + of_pass - 1) / of_pass * of_pass * d;
+  return std::max(tiles_for(m, group_size), 2) * 8 / parts_of(group_size) * d;
 }
 
 template <typename T>
