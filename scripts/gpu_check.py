@@ -70,7 +70,9 @@ def stages(output: Path, dry: bool) -> list[Stage]:
     build = {"SQUISH_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture(), "MAX_JOBS": str(os.cpu_count() or 1)}
     return [
         Stage("build", [python, "setup.py", "build_ext", "--inplace"], 150, environment=build),
-        pytest("bytes", "tests/cuda/test_quantize.py", "tests/cuda/test_dequantize.py", limit=120),
+        pytest(
+            "bytes", *(f"tests/cuda/test_{name}.py" for name in ("arithmetic", "quantize", "dequantize")), limit=120
+        ),
         pytest("linear", "tests/cuda/test_linear.py", limit=120),
         pytest("streams and graphs", "tests/cuda/test_streams_and_graphs.py", limit=120),
         Stage("memcheck", sanitizer("memcheck", this), 90, tool="compute-sanitizer"),

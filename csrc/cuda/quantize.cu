@@ -31,8 +31,8 @@ __device__ inline float quotient(float w, float scale, float reciprocal) {
   return __fmaf_rn(__fmaf_rn(-near, scale, w), reciprocal, near);
 }
 
-// Weights of 8 or 11 significant bits never lie so near a boundary that the product could fall on its other side: shown
-// for every pair of significands (tests/cuda/test_quantize.py runs all 16-bit values).
+// Weights of 8 or 11 significant bits never lie so near a boundary that the product could fall on its other side:
+// tests/cuda/test_arithmetic.py tries every pair of significands.
 template <typename T>
 __device__ inline float quotient_for(T, float w, float scale, float reciprocal) {
   return std::is_same_v<T, float> ? quotient(w, scale, reciprocal) : w * reciprocal;
