@@ -1,5 +1,5 @@
-# One command each; all but `clean` first set up .venv (scripts/setup.sh), which costs seconds when it is up to date.
-.PHONY: help setup demo test test-fast fuzz compatibility lint format bench clean
+# One command each. All but `clean` and `gpu-check` first set up .venv (scripts/setup.sh): seconds when it is up to date.
+.PHONY: help setup demo test test-fast fuzz compatibility lint format bench gpu-check clean
 
 help:
 	@echo "make demo    quantize a real sentence model, compare it with the dense one, convert, verify, inspect"
@@ -10,6 +10,7 @@ help:
 	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
 	@echo "make format  let ruff and clang-format rewrite the sources, and write docs/api.md from the docstrings"
 	@echo "make bench   the benchmarks, into docs/benchmarks (fifteen minutes of a machine that does nothing else)"
+	@echo "make gpu-check  build for the GPU at hand, test and measure there (five minutes; nothing is fetched; PYTHON=...)"
 	@echo "make setup   only .venv and the build          PYTHON=... chooses the interpreter"
 	@echo "make clean   remove what was built (not .venv)"
 
@@ -45,17 +46,21 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/clang-format --dry-run --Werror $$(git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.c')
+	.venv/bin/clang-format --dry-run --Werror $$(git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh' '*.c')
 
 format: setup
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 	.venv/bin/python scripts/api_page.py
-	.venv/bin/clang-format -i $$(git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.c')
+	.venv/bin/clang-format -i $$(git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh' '*.c')
 
 bench: setup
 	@scripts/peers.sh
 	.venv/bin/python -m benchmarks --output docs/benchmarks $(BENCH_ARGS)
+
+# Without .venv and its set-up: such a machine has its own torch, and often no network.
+gpu-check:
+	@$${PYTHON:-python3} scripts/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean:
 	rm -rf build demo-output squish_nf4/*.so squish_nf4/_build_info.py

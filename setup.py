@@ -196,13 +196,14 @@ def compiler_version() -> str:
 
 
 def sources(*folders: str) -> list[str]:
-    """Relative to the root, as setuptools wants them, in a fixed order."""
-    return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / "csrc" / folder).glob("*.c*"))
+    """Relative to the root, as setuptools wants them, in a fixed order. A .cuh is a header."""
+    files = (path for folder in folders for path in (ROOT / "csrc" / folder).iterdir())
+    return sorted(str(path.relative_to(ROOT)) for path in files if path.suffix in (".cpp", ".cu"))
 
 
 def cpu_sources() -> list[str]:
-    """Of the op library; with CUDA it also takes csrc/cuda and csrc/ops/cuda*.cpp."""
-    return [source for source in sources("cpu", "ops") if not source.startswith("csrc/ops/cuda")]
+    """Of the op library; with CUDA it also takes csrc/cuda and csrc/ops/cuda_*.cpp."""
+    return [source for source in sources("cpu", "ops") if not source.startswith("csrc/ops/cuda_")]
 
 
 def write_build_info(folder: Path, cuda: str | None, inplace: bool) -> None:

@@ -20,4 +20,28 @@ template <typename T>
 cudaError_t dequantize(const uint8_t* packed, const float* scales, int64_t count, int64_t group_size, T* out,
                        cudaStream_t stream);
 
+// y = x W' + bias for few activations. T: nf4::BFloat16 or nf4::Float16. Sums are of float32, in an order that depends
+// on the sizes alone, and are rounded once. packed is aligned to 16 bytes.
+template <typename T>
+struct FewActivations {
+  const T* x;             // m rows of x_columns values, x_stride apart; what is missing up to d counts as zero
+  const uint8_t* packed;  // (n, d/2)
+  const float* scales;    // (n, d/group_size)
+  const T* bias;          // n values or null; one of the two at most
+  const float* bias32;    // the same in float32
+  T* y;                   // (m, n)
+  void* scratch;          // linear_few_scratch() values of T, aligned to 16 bytes. Null if linear_few_reads_x(), x is
+                          // contiguous and aligned to 16 bytes, and x_columns is d: saves a launch
+  int64_t m, n, d, x_columns, x_stride, group_size;
+};
+template <typename T>
+cudaError_t linear_few(const FewActivations<T>& call, cudaStream_t stream);
+
+// Whether linear_few has a kernel for these sizes on the current device.
+bool linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size);
+bool linear_few_reads_x(int64_t m, int64_t group_size);
+int64_t linear_few_scratch(int64_t m, int64_t d, int64_t group_size);
+
+int multiprocessors();  // of the current device
+
 }  // namespace squish::cuda

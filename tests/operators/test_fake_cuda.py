@@ -94,7 +94,15 @@ BREAKS_A_CAPTURE = re.compile(
 
 
 @pytest.mark.parametrize(
-    "name", ["csrc/ops/cuda.cpp", "csrc/ops/cuda_survey.cpp", "csrc/ops/weight_tiles.h", "csrc/cuda/kernels.cu"]
+    "name",
+    sorted(
+        path.relative_to(ROOT).as_posix()
+        for path in [
+            *(ROOT / "csrc" / "ops").glob("cuda_*"),
+            *(ROOT / "csrc" / "cuda").iterdir(),
+            ROOT / "csrc" / "ops" / "weight_tiles.h",
+        ]
+    ),
 )
 def test_the_cuda_sources_neither_wait_nor_read_back_nor_allocate_themselves(name: str) -> None:
     assert BREAKS_A_CAPTURE.findall((ROOT / name).read_text()) == []

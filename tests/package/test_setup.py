@@ -380,11 +380,12 @@ def test_cuda_library_holds_every_architecture() -> None:
 
 @pytest.mark.builds
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_120"])
-def test_kernels_compile_for_the_oldest_and_the_newest(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
+def test_kernels_compile_for_the_oldest_and_the_newest(name: str, architecture: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     require("nvcc", nvcc is not None, "not on PATH")
     flags = ["-std=c++20", "--expt-relaxed-constexpr", "-fmad=false", "-ftz=false", "-prec-div=true", f"-I{ROOT}"]
-    source, target = ROOT / "csrc" / "cuda" / "kernels.cu", tmp_path / "kernels.o"
+    source, target = ROOT / "csrc" / "cuda" / f"{name}.cu", tmp_path / f"{name}.o"
     done = run([str(nvcc), *flags, f"-arch={architecture}", "-Werror", "all-warnings", "-c", source, "-o", target])
     assert done.returncode == 0, done.stderr
     assert architecture in architectures(target.read_bytes())

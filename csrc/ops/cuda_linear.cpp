@@ -1,0 +1,166 @@
+// linear_nf4 and its gradient on CUDA: tiles of the weight are decoded into a small scratch, and ATen multiplies; no
+// call ever holds a large weight whole.
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "csrc/cuda/kernels.h"
+#include "csrc/ops/checks.h"
+#include "csrc/ops/cuda_rows.h"
+#include "csrc/ops/weight_tiles.h"
+
+namespace squish::ops {
+namespace {
+
+constexpr int64_t kTileBytes = int64_t{128} << 20;    // decoded weight in scratch: most layers whole
+constexpr int64_t kProductBytes = int64_t{64} << 20;  // float32 products in scratch, before they are rounded
+
+template <typename Use>
+void for_each_tile(const Tensor& packed, const Tensor& scales, int64_t group_size, int64_t d, at::ScalarType dtype,
+                   const Use& use) {
+  const auto decode = [&](int64_t row, const Tensor& tile) { decode_rows_cuda(packed, scales, group_size, row, tile); };
+  ops::for_each_tile(packed, d, dtype, kTileBytes, decode, use);
+}
+
+// a b in float32, whatever their dtype.
+Tensor multiply(const Tensor& a, const Tensor& b) {
+  if (a.size(1) == 0) return at::zeros({a.size(0), b.size(1)}, a.options().dtype(at::kFloat));
+  return a.scalar_type() == at::kFloat ? at::mm(a, b) : at::mm(a, b, at::kFloat);
+}
+
+bool is_aligned(const Tensor& tensor, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+}
+
+template <typename T>
+const T* data_of(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
+}
+
+// The product on the packed weight itself, for few activations of 16 bits. False if no kernel takes these arguments.
+bool multiply_few(const Tensor& rows, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
+                  int64_t group_size, const Tensor& y) {
+  const int64_t m = rows.size(0), n = packed.size(0), d = packed.size(1) * 2;
+  if (rows.scalar_type() == at::kFloat || !is_aligned(packed, 16)) return false;
+  if (!cuda::linear_few_takes(m, n, d, group_size)) return false;
+  const Tensor x = rows.stride(1) == 1 ? rows : rows.contiguous();
+  const bool as_it_is =
+      cuda::linear_few_reads_x(m, group_size) && x.size(1) == d && x.is_contiguous() && is_aligned(x, 16);
+  const Tensor scratch = as_it_is ? Tensor() : at::empty({cuda::linear_few_scratch(m, d, group_size)}, x.options());
+  const Tensor any_bias = is_given(bias) ? bias->contiguous() : Tensor();
+  const bool same = any_bias.defined() && any_bias.scalar_type() == x.scalar_type();
+  const Tensor bias32 = any_bias.defined() && !same ? any_bias.to(at::kFloat) : Tensor();
+  const auto launch = [&](auto zero) {
+    using T = decltype(zero);
+    const cuda::FewActivations<T> call{data_of<T>(x),
+                                       packed.const_data_ptr<uint8_t>(),
+                                       scales.const_data_ptr<float>(),
+                                       same ? data_of<T>(any_bias) : nullptr,
+                                       data_of<float>(bias32),
+                                       static_cast<T*>(y.mutable_data_ptr()),
+                                       as_it_is ? nullptr : scratch.mutable_data_ptr(),
+                                       m,
+                                       n,
+                                       d,
+                                       x.size(1),
+                                       x.stride(0),
+                                       group_size};
+    C10_CUDA_CHECK(cuda::linear_few(call, c10::cuda::getCurrentCUDAStream().stream()));
+  };
+  if (x.scalar_type() == at::kBFloat16) {
+    launch(nf4::BFloat16{});
+  } else {
+    launch(nf4::Float16{});
+  }
+  return true;
+}
+
+// Whether a product of rows x columns has tiles enough for every multiprocessor. If not, a library may split the sum
+// among several, and may round their parts to 16 bits; then we ask it for float32, and round ourselves.
+bool fills_the_gpu(int64_t rows, int64_t columns) {
+  const auto tiles = [](int64_t size) { return (size + 127) / 128; };
+  return 4 * tiles(rows) * tiles(columns) >= 3 * cuda::multiprocessors();
+}
+
+// y = x W' + bias for some rows of the weight, which are columns of y, and the same of the bias.
+void multiply_into(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y) {
+  Tensor out = y;
+  const bool same = !bias.defined() || bias.scalar_type() == x.scalar_type();
+  if (x.size(1) == 0 || !same || !fills_the_gpu(x.size(0), weight.size(0))) {
+    const Tensor product = multiply(x, weight.t());
+    if (bias.defined()) product.add_(bias);
+    out.copy_(product);
+  } else if (bias.defined()) {
+    at::addmm_out(out, bias, x, weight.t());
+  } else {
+    at::mm_out(out, x, weight.t());
+  }
+}
+
+Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
+                  int64_t group_size) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  check_linear(x, packed, scales, bias, group_size);
+  const c10::cuda::CUDAGuard device(x.device());
+  const int64_t n = packed.size(0), d = x.size(-1);
+  Tensor result = at::empty(C10_AS_INTARRAYREF_SLOW(with_last_dim(x, n)), x.options());
+  if (result.numel() == 0) return result;
+  const int64_t m = result.numel() / n;
+  const Tensor rows = x.reshape({m, d}), y = result.view({m, n});
+  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  if (multiply_few(rows, bytes, scale, bias, group_size, y)) return result;
+  const Tensor any_bias = is_given(bias) ? *bias : Tensor();
+  for_each_tile(bytes, scale, group_size, d, x.scalar_type(), [&](int64_t row, const Tensor& tile) {
+    const int64_t count = tile.size(0);
+    const Tensor of_tile = any_bias.defined() ? any_bias.narrow(0, row, count) : any_bias;
+    for_each_stretch_of_activations(m, count, kProductBytes, [&](int64_t first, int64_t stretch) {
+      multiply_into(rows.narrow(0, first, stretch), tile, of_tile, y.narrow(0, first, stretch).narrow(1, row, count));
+    });
+  });
+  return result;
+}
+
+// dx = dy W, accumulated in float32 over the tiles and rounded once.
+Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& scales, int64_t group_size, int64_t d) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  check_linear_grad_x(dy, packed, scales, group_size, d);
+  const c10::cuda::CUDAGuard device(dy.device());
+  const int64_t n = packed.size(0);
+  const auto shape = with_last_dim(dy, d);
+  if (n == 0) return at::zeros(C10_AS_INTARRAYREF_SLOW(shape), dy.options());
+  Tensor result = at::empty(C10_AS_INTARRAYREF_SLOW(shape), dy.options());
+  if (result.numel() == 0) return result;
+  const int64_t m = dy.numel() / n;
+  const Tensor rows = dy.reshape({m, n}), dx = result.view({m, d});
+  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  // A weight that is one tile needs no sum over tiles.
+  const bool whole = bytes.numel() * 2 * dy.element_size() <= kTileBytes && fills_the_gpu(m, d);
+  // Twice d floats for each: the sum, and the product that is added to it.
+  for_each_stretch_of_activations(m, 2 * d, kProductBytes, [&](int64_t first, int64_t count) {
+    Tensor out = dx.narrow(0, first, count);
+    const Tensor sum = whole ? Tensor() : at::zeros({count, d}, dy.options().dtype(at::kFloat));
+    for_each_tile(bytes, scale, group_size, d, dy.scalar_type(), [&](int64_t row, const Tensor& tile) {
+      if (whole) {
+        at::mm_out(out, rows.narrow(0, first, count), tile);
+        return;
+      }
+      sum.add_(multiply(rows.narrow(0, first, count).narrow(1, row, tile.size(0)), tile));
+    });
+    if (!whole) out.copy_(sum);
+  });
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(squish, CUDA, m) {
+  m.impl("linear_nf4", &linear_nf4);
+  m.impl("_linear_nf4_grad_x", &linear_nf4_grad_x);
+}
+
+}  // namespace squish::ops
