@@ -53,7 +53,7 @@ __device__ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uin
 
 // The pair of levels of byte k of `word`, from this lane's copy of the table. `table`: its address in shared memory.
 __device__ inline uint32_t levels_of(uint32_t table, uint32_t word, int k, uint32_t lane_offset) {
-  const uint32_t at = __byte_perm(word, lane_offset, 0x5504u | k << 4);  // byte << 8 | lane_offset
+  const uint32_t at = __byte_perm(word, lane_offset, 0x5504u + 0x10u * k);  // byte << 8 | lane_offset
   uint32_t pair;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(table + at));
   return pair;

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from squish_nf4 import _build_info
-from tests.helpers import require
+from tests.support.helpers import require
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squish_nf4 import NF4Linear, dequantize_model, quantize_model
-from tests.cuda import inputs
-from tests.cuda.inputs import assert_same_bits
+from tests.support import cuda_inputs as inputs
+from tests.support.cuda_inputs import assert_same_bits
 
 OPS = torch.ops.squish
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 64, 65, 130)

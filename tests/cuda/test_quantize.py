@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda import inputs
-from tests.cuda.inputs import assert_same_bits
+from tests.support import cuda_inputs as inputs
+from tests.support.cuda_inputs import assert_same_bits
 
 OPS = torch.ops.squish
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from squish_nf4 import NF4Linear, quantize_nf4
-from tests.cuda import inputs
-from tests.cuda.inputs import assert_same_bits
+from tests.support import cuda_inputs as inputs
+from tests.support.cuda_inputs import assert_same_bits
 
 OPS = torch.ops.squish
 MILLISECONDS = 50

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from squish_nf4 import _C
-from tests import reference
+from tests.support import reference
 
 GROUP_SIZES = (1, 2, 3, 4, 5, 8, 16, 24, 32, 33, 48, 50, 64, 96, 100, 128, 256, 1000, 4096)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
