@@ -420,6 +420,7 @@ for case in json.loads(sys.argv[2]):
 """
 
 
+@pytest.mark.sweeps
 def test_no_call_holds_a_dense_weight() -> None:
     """It would be 256 MiB in float32 and 128 MiB in bfloat16; a call takes less than 64 MiB beside its results."""
     require("linux", Path("/proc/self/status").exists(), "peaks are read from /proc")
