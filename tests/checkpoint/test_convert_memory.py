@@ -50,6 +50,7 @@ print(json.dumps(peaks))
 """
 
 
+@pytest.mark.sweeps
 def test_ten_times_the_cap_in_one_tensor_or_twice_in_many_stays_under_it(tmp_path: Path) -> None:
     require("linux", Path("/proc/self/status").exists(), "resident sets are read from /proc")
     small = save_shard(tmp_path / "small.safetensors", {"w": gaussian(64, 64)})

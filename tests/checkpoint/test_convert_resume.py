@@ -132,6 +132,7 @@ def server() -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.sweeps
 def test_killed_at_random_moments_it_goes_on_to_the_same_directory(
     server: Server, source: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ SMALL = {
 }
 
 
+@pytest.mark.sweeps
 def test_ended_before_any_file_operation_it_goes_on_to_the_same_directory(server: Server, tmp_path: Path) -> None:
     """Not random: every open, rename, removal and mkdir is once the first that does not happen any more.
 

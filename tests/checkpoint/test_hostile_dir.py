@@ -396,6 +396,7 @@ def test_the_files_of_other_forms_are_listed_without_those_of_other_tensors(tmp_
 LOAD = "import sys; from squish_nf4 import load_npy_dir; load_npy_dir(sys.argv[1])"
 
 
+@pytest.mark.sweeps
 def test_a_name_that_is_there_twice_is_found_in_one_pass_over_the_table(foreign: Path) -> None:
     """A pass for each of the names would take hours: nothing but the child's last resort would end it."""
     table = ", ".join(f'"{number:06}": "k"' for number in [*range(1_000_000), 999_999])

@@ -182,7 +182,8 @@ def test_delete_source_removes_it(model: Path, tmp_path: Path) -> None:
 
 # The second part file of a tensor is not opened before stdin ends; that the command waits there is said in the pipe.
 HOLD = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 parts = set()
 def hold(event, args):
     if event == "open" and "/tensors/" in str(args[0]) and str(args[0]).endswith(".part"):

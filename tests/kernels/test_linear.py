@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from math import lcm
 from pathlib import Path
@@ -389,41 +390,43 @@ def check_non_finite_activations(isa: str, m: int, dtype: torch.dtype, d: int) -
 
 # --- bounded scratch --------------------------------------------------------------------------------------------------
 
+# Each case in a child of its own, for a process has one peak.
 PEAK_MEMORY = """
-import re, sys, torch
+import json, os, re, sys, torch
 torch.ops.load_library(sys.argv[1])
-torch.set_num_threads(2)
-dtype = getattr(torch, sys.argv[2])
 
 def peak():
     status = open("/proc/self/status").read()  # getrusage's peak would begin with that of whoever started this process
     return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024
 
-def run(n, m):
+def run(n, dtype, m, direction):
     packed = torch.randint(0, 256, (n, 2048), dtype=torch.uint8)
     scales = torch.rand(n, 64)
-    x = torch.ones(m, 4096, dtype=dtype, requires_grad=True)
+    x = torch.ones(m, 4096, dtype=getattr(torch, dtype), requires_grad=True)
     before = peak()
     y = torch.ops.squish.linear_nf4(x, packed, scales, torch.ones(n), 64)
-    if sys.argv[3] == "backward":
+    if direction == "backward":
         y.sum().backward()
-    return peak() - before, y.nbytes * (2 if sys.argv[3] == "backward" else 1) + x.nbytes
+    return peak() - before, y.nbytes * (2 if direction == "backward" else 1) + x.nbytes
 
-run(512, int(sys.argv[4]))  # what ATen sets up once
-more, results = run(16384, int(sys.argv[4]))
-print(more - results / 2**20)
+for case in json.loads(sys.argv[2]):
+    if os.fork() == 0:
+        torch.set_num_threads(2)
+        run(512, *case)  # what ATen sets up once
+        more, results = run(16384, *case)
+        print(*case, more - results / 2**20, flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-@pytest.mark.parametrize(
-    ("dtype", "m", "direction"),
-    [
-        *product(["float32", "bfloat16"], [16, 40], ["forward", "backward"]),
-        ("bfloat16", 4100, "forward"),  # by ATen
-    ],
-)
-def test_no_call_holds_a_dense_weight(dtype: str, m: int, direction: str) -> None:
+@pytest.mark.sweeps
+def test_no_call_holds_a_dense_weight() -> None:
     """It would be 256 MiB in float32 and 128 MiB in bfloat16; a call takes less than 64 MiB beside its results."""
     require("linux", Path("/proc/self/status").exists(), "peaks are read from /proc")
-    scratch = float(run_python(PEAK_MEMORY, squish_nf4.library_path(), dtype, direction, m))
-    assert scratch < 64
+    cases = list(product(["float32", "bfloat16"], [16, 40], ["forward", "backward"]))
+    cases.append(("bfloat16", 4100, "forward"))  # by ATen
+    lines = run_python(PEAK_MEMORY, squish_nf4.library_path(), json.dumps(cases)).splitlines()
+    scratch = {case: float(mebibytes) for case, mebibytes in (line.rsplit(" ", 1) for line in lines)}
+    assert list(scratch) == [" ".join(map(str, case)) for case in cases]
+    assert {case: mebibytes for case, mebibytes in scratch.items() if mebibytes >= 64} == {}
