@@ -10,7 +10,7 @@ help:
 	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
 	@echo "make format  let ruff and clang-format rewrite the sources, and write docs/api.md from the docstrings"
 	@echo "make bench   the benchmarks, into docs/benchmarks (fifteen minutes of a machine that does nothing else)"
-	@echo "make gpu-check  build for the GPU at hand, test and measure there (five minutes; nothing is fetched; PYTHON=...)"
+	@echo "make gpu-check  build for the GPU at hand, test and measure there (two to five minutes; nothing is fetched; PYTHON=...)"
 	@echo "make setup   only .venv and the build          PYTHON=... chooses the interpreter"
 	@echo "make clean   remove what was built (not .venv)"
 

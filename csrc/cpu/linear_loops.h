@@ -4,8 +4,10 @@
 // - kBlock, kFew: activations that fit the registers beside four rows, and beside four rows that are being decoded
 // - OneGroup(scale): what a step decodes to if it lies in one group
 // - TwoGroups(scale, scale): the same, if each half of its lanes does
-// - Lanes(GroupCursor): for all other steps, which group each lane's two columns belong to; the same for every row.
-//   LaneScales(scales from the cursor's group on, Lanes): their scales in one row
+// - Lanes(cursor): for steps where group_size is no multiple of kLanes, or that are a row's last and incomplete. It
+// holds
+//   the groups of each lane's even and odd column, counted from the cursor's group; one Lanes serves all rows
+// - LaneScales(scales, lanes): the scales of these columns in one row; `scales` points at that of the cursor's group
 // - decode(packed, one of these, even, odd): kLanes bytes to their even and their odd columns. With LaneScales it reads
 //   no bytes beyond the row, and columns there are zero
 // - split(x, even, odd), if the compiler is to be helped: a step's activations to its two half steps
@@ -78,8 +80,7 @@ static inline RowOfEachRun row_of_each_run(const RowRuns& runs, int64_t row, int
   return rows;
 }
 
-// The rows of a run follow each other in memory, so what comes next is always ahead, also while a decoded chunk is
-// being multiplied and nothing is read.
+// The rows of a run are neighbours in memory, so that prefetching a fixed distance ahead goes on into the next row.
 inline constexpr int64_t kPrefetchBytes = 1024;
 
 static inline int64_t byte_of(int64_t column) { return static_cast<int64_t>(static_cast<uint64_t>(column) / 2); }
@@ -124,7 +125,8 @@ __attribute__((always_inline)) inline void for_each_step(const RowOfEachRun& row
         use_levels(run, typename V::TwoGroups(*scales_from(run, one), rows.scales[run][other]), column);
     }
   }
-  const int64_t groups_of_every_step = kStep % group_size == 0 ? kStep / group_size : 0;
+  const bool lanes_repeat =
+      kStep % group_size == 0;  // every step begins with a group: Lanes hold for the next one, too
   while (cursor.column < last) {
     const typename V::Lanes lanes(cursor);
     bool again;
@@ -132,7 +134,7 @@ __attribute__((always_inline)) inline void for_each_step(const RowOfEachRun& row
 #pragma GCC unroll 4
       for (int run = 0; run < kRuns; ++run)  // the sums of the runs have to stay in registers
         use_levels(run, typename V::LaneScales(scales_from(run, cursor.group), lanes), cursor.column);
-      again = groups_of_every_step != 0 && cursor.column + 2 * kStep <= std::min(last, columns);
+      again = lanes_repeat && cursor.column + 2 * kStep <= std::min(last, columns);  // the next step is whole
       advance(cursor, kStep);
     } while (again);
   }

@@ -1,4 +1,5 @@
-// The plain path: runs anywhere, and is what the other paths must equal bit for bit.
+// The plain path: runs anywhere. What it encodes and decodes the other paths must equal bit for bit; their products may
+// be summed in another order.
 #include <cmath>
 
 #include "csrc/cpu/codec_loops.h"

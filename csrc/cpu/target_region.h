@@ -30,4 +30,7 @@
           _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
 #define SQUISH_END_TARGET_REGION _Pragma("GCC diagnostic pop") _Pragma("GCC pop_options")
 #endif
+#else  // elsewhere a path uses what every processor of its architecture has, as arm64 has NEON
+#define SQUISH_TARGET_REGION(features)
+#define SQUISH_END_TARGET_REGION
 #endif

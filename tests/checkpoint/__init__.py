@@ -1,0 +1,1 @@
+"""squish_nf4/checkpoint: conversion, resuming, memory; reading, loading, verifying, inspecting, comparing."""

@@ -1,4 +1,4 @@
-"""Reading the squish directory: our own and other writers'. What is unfit to read: test_hostile_dir.py."""
+"""Reading the squish directory: our own and other writers'. What is unfit to read: test_damaged_directories.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""squish_nf4/commands and doctor: what the command line takes, prints and ends with."""

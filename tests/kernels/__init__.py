@@ -1,0 +1,1 @@
+"""csrc/cpu and csrc/nf4: the values of every operator on every CPU path, the codebook, the compiled code."""

@@ -1,0 +1,1 @@
+"""csrc/ops: the operators as torch sees them: registration, errors, gradients, vmap, decompositions, fake CUDA."""

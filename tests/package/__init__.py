@@ -1,0 +1,1 @@
+"""The repository as a whole: layers, imports, builds, wheels, C++ programs, benchmarks, docs."""

@@ -11,10 +11,11 @@ DEFAULT_MAX_RAM = 1024 * MIB
 LEAST_MAX_RAM = 64 * MIB
 LARGEST_STRETCH = 2**21  # values; more would gain nothing
 
-# Bytes for each value of a stretch as it was read, widened and stored: float64 in NF4 takes 8 + 0.5 + 2 in groups of
-# two, bfloat16 kept in float16 2 + 4 + 2.
+# Bytes held at once for a value of a stretch: as it was read, a widened copy, and as it is stored. float64 kept as
+# float32 takes 8 + 0 + 4, bfloat16 kept as float16 2 + 4 + 2, float64 in NF4 with a scale for each pair 8 + 0 + 2.5. (A
+# scale for each value takes half a byte more than this; only a quarter of the cap is shared out.)
 OF_A_STRETCH = 12
-# And for each value of the block that a thread looks at: a widened copy, and what it becomes.
+# Bytes for a value of the block that a thread looks at: a widened copy, and what it becomes.
 OF_A_BLOCK = 8
 
 
@@ -27,7 +28,7 @@ class Budget:
 
     @property
     def ahead(self) -> int:
-        """Stretches that are under way or done, and not written yet: one is there when the writer asks for it."""
+        """How many stretches may be ahead of the writer: one in each worker, and one done, so that it need not wait."""
         return self.workers + 1
 
 

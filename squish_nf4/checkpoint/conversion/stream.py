@@ -129,7 +129,7 @@ def write(
         decided = decide(planned, (), lambda _: (look for look in looks if isinstance(look, KeptValues)))
     else:
         rows = (look for look in looks if isinstance(look, EncodedRows))
-        surveys = write_nf4(planned, planned.group_size, rows, files, squares)
+        surveys = write_nf4(planned, planned.group_size, rows, files, squares)  # nothing yet: decide drives it
         decided = decide(planned, surveys, partial(look_at_all_kept, workers))
     if decided.group_size is None:
         files.discard()
@@ -144,7 +144,10 @@ def write_nf4(
     files: TensorFiles,
     squares: list[tuple[float, float]],
 ) -> Iterator[Survey]:
-    """Writes encoded rows, until some of them say to keep the tensor, and hands on what all of them say."""
+    """Writes a tensor as its surveys are asked for: yields what each stretch of rows says, and writes these rows.
+
+    From the first rows on that NF4 cannot take nothing more is written; the surveys of the rest still come.
+    """
     for suffix, (dtype, shape) in planned.nf4_arrays(group_size).items():
         files.open(suffix, dtype, shape, may_compress=suffix == "__s_nf4")
     files.write("__shape", shape_of(planned))

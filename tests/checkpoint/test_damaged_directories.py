@@ -221,7 +221,7 @@ def test_every_flipped_bit_of_a_zst_file_with_a_checksum_is_found(foreign: Path)
             assert load_npy_dir(foreign)["a.bias"].tolist() == expected.tolist(), place
 
 
-# A directory that declares a terabyte, in every place where it could.from tests.support.processes import run_python
+# A directory that declares a terabyte, in every place where it could.
 
 TERABYTES: dict[str, tuple[Callable[[Path], object], str]] = {
     "in a header": (
