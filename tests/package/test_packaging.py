@@ -87,6 +87,30 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith(".dist-info/entry_points.txt") for name in names)
 
 
+IMPORT_EVERY_MODULE = """
+import importlib, pkgutil, sys
+import squish_nf4
+names = [module.name for module in pkgutil.walk_packages(squish_nf4.__path__, "squish_nf4.")]
+for name in names:
+    if not name.endswith("__main__"):
+        module = importlib.import_module(name)
+        assert module.__file__ is None or module.__file__.startswith(sys.argv[1]), module.__file__
+print(*sorted(name for name in names if "." in name and not name.rpartition(".")[2].startswith("lib")))
+"""
+
+
+def test_every_module_can_be_imported_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    done = run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel])
+    assert done.returncode == 0, done.stderr
+    done = run([sys.executable, "-c", IMPORT_EVERY_MODULE, site], cwd=site)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.split())
+    sources = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "squish_nf4").rglob("*.py")]
+    wanted = {".".join(path.parts).removesuffix(".__init__") for path in sources}
+    assert wanted - imported == {"squish_nf4"}
+
+
 def test_wheel_asks_for_the_torch_that_it_was_built_for(wheel: Path) -> None:
     """The source takes many, so the wheel's own requirement and its name are narrower."""
     archive = zipfile.ZipFile(wheel)
