@@ -107,6 +107,7 @@ def test_vector_objects_define_no_function_that_the_linker_could_share(
     assert re.findall(r"\.text\S*\._Z\S+", sections) == []  # what the linker keeps one of
 
 
+@pytest.mark.sweeps
 def test_library_holds_vector_instructions_in_the_functions_of_their_path_alone(op_library: Path) -> None:
     found = functions_by_need(op_library)
     assert found["avx512"]
