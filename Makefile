@@ -30,7 +30,7 @@ pytest = .venv/bin/python -m pytest -n 2 --dist loadgroup $(addprefix tests/,$(A
 test: setup
 	@$(pytest) $(PYTEST_ARGS)
 
-# Of 3,970 tests it leaves out 250, which take four fifths of the time: kernels compiled apart (sanitizers, other processors,
+# It leaves out one test in twenty, three quarters of the time: kernels compiled apart (sanitizers, other processors,
 # every float), the operators under the sanitizers, programs in C and C++, CMake, wheel and sdist, compiled and ONNX models,
 # the benchmarks' suites, the demo, and the longest runs over memory caps, kills and large files. So nothing tests here that
 # it builds elsewhere than where it was built: run a folder in full before you commit, and .ci/run before it lands.
