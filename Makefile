@@ -25,7 +25,8 @@ areas = $(filter-out support fuzzing,$(patsubst tests/%/__init__.py,%,$(wildcard
 ifneq (,$(filter-out $(areas),$(AREA)))
 $(error tests has no folder $(filter-out $(areas),$(AREA)); AREA is one or more of: $(areas))
 endif
-pytest = .venv/bin/python -m pytest -n 2 --dist loadgroup $(addprefix tests/,$(AREA))
+# Two processes with two threads each: on two cores, a thread that waits must not spin.
+pytest = OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 2 --dist loadgroup $(addprefix tests/,$(AREA))
 
 test: setup
 	@$(pytest) $(PYTEST_ARGS)

@@ -175,6 +175,7 @@ def test_paths_are_listed_and_an_unknown_one_is_refused() -> None:
         _C.cpu_features("sse")
 
 
+@pytest.mark.sweeps
 def test_a_cap_leaves_the_paths_up_to_it() -> None:
     for capped in _C.cpu_isas(available=True):
         done = run([sys.executable, "-c", AVAILABLE], SQUISH_NF4_ISA=capped, PYTHONPATH=str(ROOT))
