@@ -36,9 +36,9 @@ def inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist loadgroup, the tests of a file that builds or compiles run in one process, and do so once."""
+    """With --dist loadgroup, the marked tests of a file run in one process: what they share is made once."""
     for item in items:
-        if item.get_closest_marker("builds") or item.get_closest_marker("compiles"):
+        if any(map(item.get_closest_marker, ("builds", "compiles", "sweeps"))):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 

@@ -20,6 +20,7 @@ from squish_nf4.integrations.offline import offline_and_quiet
 from tests.support.helpers import require
 from tests.support.processes import assert_one_sentence, squish
 
+pytestmark = pytest.mark.sweeps
 FEW = SENTENCES[:12]
 
 

@@ -15,6 +15,7 @@ import squish_nf4
 from tests.support.helpers import required_module
 from tests.support.models import BATCH_AND_TOKENS, quantized_llama, some_tokens
 
+pytestmark = pytest.mark.compiles
 onnx, onnxruntime = required_module("onnx"), required_module("onnxruntime")
 
 

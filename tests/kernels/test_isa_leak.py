@@ -107,6 +107,7 @@ def test_vector_objects_define_no_function_that_the_linker_could_share(
     assert re.findall(r"\.text\S*\._Z\S+", sections) == []  # what the linker keeps one of
 
 
+@pytest.mark.sweeps
 def test_library_holds_vector_instructions_in_the_functions_of_their_path_alone(op_library: Path) -> None:
     found = functions_by_need(op_library)
     assert found["avx512"]
@@ -174,6 +175,7 @@ def test_paths_are_listed_and_an_unknown_one_is_refused() -> None:
         _C.cpu_features("sse")
 
 
+@pytest.mark.sweeps
 def test_a_cap_leaves_the_paths_up_to_it() -> None:
     for capped in _C.cpu_isas(available=True):
         done = run([sys.executable, "-c", AVAILABLE], SQUISH_NF4_ISA=capped, PYTHONPATH=str(ROOT))

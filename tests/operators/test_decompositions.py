@@ -160,6 +160,7 @@ def exported_llama() -> tuple[nn.Module, ExportedProgram]:
     return model, export(model, (some_tokens(),), dynamic_shapes=({0: Dim("batch"), 1: Dim("tokens")},))
 
 
+@pytest.mark.sweeps
 @pytest.mark.parametrize("core", [False, True], ids=["ours alone", "with torch's own"])
 def test_an_exported_model_needs_no_operator_of_ours_and_keeps_its_bytes(core: bool) -> None:
     model, program = exported_llama()

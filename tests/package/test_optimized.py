@@ -30,6 +30,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.sweeps
 @pytest.mark.parametrize("level", ["1", "2"])
 def test_a_checkpoint_and_an_export_are_as_without_it(tmp_path: Path, level: str) -> None:
     tensors = {"w": torch.randn(8, 64), "b": torch.randn(8)}
