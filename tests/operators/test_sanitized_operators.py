@@ -29,7 +29,7 @@ TESTS = (
     "nn/test_packer",
     "kernels/test_dequantize",
 )
-LEFT_OUT = "opcheck or compile or forced_isa or thread or every_path or exports"
+LEFT_OUT = "opcheck or compile or forced_isa or thread or every_path or exports or holds_a_dense_weight"
 
 FAULTS = """
 #include <ATen/core/Tensor.h>
