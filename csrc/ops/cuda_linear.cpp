@@ -1,5 +1,6 @@
-// linear_nf4 and its gradient on CUDA. A few activations of 16 bits are multiplied on the packed weight, where the shape
-// allows (multiply_few). Otherwise tiles of the weight are decoded into scratch of bounded size, and ATen multiplies.
+// linear_nf4 and its gradient on CUDA. A few activations of 16 bits are multiplied on the packed weight, where the
+// shape allows (multiply_few). Otherwise tiles of the weight are decoded into scratch of bounded size, and ATen
+// multiplies.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
