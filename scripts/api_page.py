@@ -115,7 +115,8 @@ def entry(name: str) -> list[str]:
     lines += body(docstring(value), fields_of(value))
     lines += members(value)
     for part in PARTS.get(name, ()):
-        lines += [f"#### {part.__name__}", "", *body(docstring(part), fields_of(part))]
+        where = f"`{part.__module__}.{part.__name__}`"
+        lines += [f"#### {part.__name__}", "", where, "", *body(docstring(part), fields_of(part))]
     return lines
 
 

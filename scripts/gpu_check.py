@@ -198,7 +198,11 @@ def main() -> int:
     for stage in stages(output, arguments.dry_run):
         if chosen and stage.name not in chosen:
             continue
-        results.append(run(stage, output / f"{stage.name.replace(' ', '-')}.log"))
+        built = all(result.state == "passed" for result in results if result.stage == "build")
+        if built:
+            results.append(run(stage, output / f"{stage.name.replace(' ', '-')}.log"))
+        else:
+            results.append(Result(stage.name, "failed", 0, "not run, for the build failed"))
         print(json.dumps(asdict(results[-1])), flush=True)
     measured = output / "benchmark.json"
     records = json.loads(measured.read_text()) if measured.exists() else []

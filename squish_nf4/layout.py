@@ -64,6 +64,11 @@ def cheapest_group_size(n_cols: int, group_size: int) -> int:
     return min(_sizes(n_cols, group_size), key=lambda size: stored_bits(n_cols, size))
 
 
+def stored_bits_per_weight(columns: int, group_size: int | None, itemsize: int) -> float:
+    """Bits of a stored weight: in NF4 with this group size, or, if it is None, kept in a type of so many bytes."""
+    return bits_per_weight(columns, group_size) if group_size else 8.0 * itemsize
+
+
 def bits_per_weight(n_cols: int, group_size: int) -> float:
     """Stored bits over logical weights; 0.0 for an empty row."""
     return stored_bits(n_cols, group_size) / n_cols if n_cols else 0.0

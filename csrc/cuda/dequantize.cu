@@ -1,5 +1,6 @@
 // Packed bytes and scales to weights. Group sizes that fill whole 16-byte stores take the fast kernel; the plain one
 // takes every other group size and every alignment.
+#include <bit>
 #include <type_traits>
 
 #include "csrc/cuda/device.cuh"

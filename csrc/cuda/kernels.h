@@ -21,7 +21,7 @@ cudaError_t dequantize(const uint8_t* packed, const float* scales, int64_t count
                        cudaStream_t stream);
 
 // y = x W' + bias for few activations. T: nf4::BFloat16 or nf4::Float16. Sums are of float32, in an order that depends
-// on the sizes alone, and are rounded once. packed is aligned to 16 bytes.
+// on the sizes and the GPU alone, and are rounded once. packed is aligned to 16 bytes.
 template <typename T>
 struct FewActivations {
   const T* x;             // m rows of x_columns values, x_stride apart; what is missing up to d counts as zero

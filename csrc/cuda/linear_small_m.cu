@@ -11,6 +11,7 @@
 // A chunk holds kParts groups, and a sum must not run across them. The B operand has 8 columns, and column c is
 // activation c / kParts with zeros outside of the chunk's group c % kParts: so the sums of different groups come out in
 // different columns, and are scaled and added in float32.
+#include <bit>
 #include <type_traits>
 
 #include "csrc/cuda/device.cuh"

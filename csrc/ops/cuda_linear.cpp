@@ -58,19 +58,19 @@ bool multiply_few(const Tensor& rows, const Tensor& packed, const Tensor& scales
   const Tensor bias32 = any_bias.defined() && !same ? any_bias.to(at::kFloat) : Tensor();
   const auto launch = [&](auto zero) {
     using T = decltype(zero);
-    const cuda::FewActivations<T> call{data_of<T>(x),
-                                       packed.const_data_ptr<uint8_t>(),
-                                       scales.const_data_ptr<float>(),
-                                       same ? data_of<T>(any_bias) : nullptr,
-                                       data_of<float>(bias32),
-                                       static_cast<T*>(y.mutable_data_ptr()),
-                                       as_it_is ? nullptr : scratch.mutable_data_ptr(),
-                                       m,
-                                       n,
-                                       d,
-                                       x.size(1),
-                                       x.stride(0),
-                                       group_size};
+    const cuda::FewActivations<T> call{.x = data_of<T>(x),
+                                       .packed = packed.const_data_ptr<uint8_t>(),
+                                       .scales = scales.const_data_ptr<float>(),
+                                       .bias = same ? data_of<T>(any_bias) : nullptr,
+                                       .bias32 = data_of<float>(bias32),
+                                       .y = static_cast<T*>(y.mutable_data_ptr()),
+                                       .scratch = as_it_is ? nullptr : scratch.mutable_data_ptr(),
+                                       .m = m,
+                                       .n = n,
+                                       .d = d,
+                                       .x_columns = x.size(1),
+                                       .x_stride = x.stride(0),
+                                       .group_size = group_size};
     C10_CUDA_CHECK(cuda::linear_few(call, c10::cuda::getCurrentCUDAStream().stream()));
   };
   if (x.scalar_type() == at::kBFloat16) {

@@ -1,4 +1,7 @@
-"""Files handled with care: names that stay inside a directory, checksums, and what the disk really has."""
+"""Files handled with care: names that stay inside a directory, checksums, and what the disk really has.
+
+What holds a file open syncs it itself (os.fsync); everything else about a path is asked here.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,11 @@ def refuse_outside(path: Path, root: str) -> None:
             f"{path} is a link out of the directory, to {os.path.realpath(path)}: what is read stays inside {root}; "
             "copy the directory with its links followed (cp -rL), or move what it links to inside"
         )
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """The sha256 of some bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256_of(file: BinaryIO) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from squish_nf4 import __version__
+from squish_nf4._version import __version__
 from squish_nf4.commands import convert, doctor, export, look
 from squish_nf4.commands.demo import command as demo
 

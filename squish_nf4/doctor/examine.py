@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-from squish_nf4 import _C, __version__, _build_info, library_path
+from squish_nf4 import _C, _build_info
+from squish_nf4._native import library_path
+from squish_nf4._version import __version__
 from squish_nf4.doctor import self_test
 
 # What the CPU paths need, as /proc/cpuinfo calls it; each once.

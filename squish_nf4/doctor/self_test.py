@@ -1,6 +1,7 @@
 """Checks of the operators on this machine, against values that are not the library's own.
 
-Each check returns a sentence on what held, or raises WrongError with what did not.
+The formulas are written out here once more, on purpose. Each check returns a sentence on what held, or raises
+WrongError with what did not.
 """
 
 from __future__ import annotations

@@ -212,5 +212,5 @@ class PackedModule(nn.Module):
         if bool(decoded[:, columns - stored :].any()):
             raise ValueError(
                 f"{name}: the state holds weights beyond column {columns}, where this layer's padding is; "
-                "it was saved from a wider one"
+                "it was saved from a wider layer"
             )

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from squish_nf4 import _C
-from squish_nf4.checkpoint.audit.compare import FIRST_FEW, Differences, Place, compare_values
+from squish_nf4.checkpoint.audit.compare import FIRST_FEW, Differences, Place, compare_arrays
 from squish_nf4.checkpoint.audit.diff import TensorDiff, diff
 from squish_nf4.commands.cli import app
 from tests.support.directories import PACKED, SCALES, compress, write_foreign_dir, write_small_dir
@@ -86,11 +86,11 @@ def test_many_differences_are_counted_and_the_first_shown(pair: tuple[Path, Path
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0, 4)])
 def test_values_of_every_type_and_shape_are_compared(dtype: type, shape: tuple[int, ...]) -> None:
     a = np.zeros(shape, dtype)
-    assert compare_values(a, a.copy()) == []
+    assert compare_arrays(a, a.copy()) == []
     if a.size:
         b = a.copy()
         b[(-1,) * a.ndim] = 1
-        [found] = compare_values(a, b)
+        [found] = compare_arrays(a, b)
         assert (found.count, found.first[0].at) == (1, tuple(n - 1 for n in shape))
 
 

@@ -170,7 +170,7 @@ COPIED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "outside": (
         lambda path: change_copied(path, {"../source/config.json": {"sha256": "0"}}),
-        r"config.json is a link out of the directory",
+        r"lists a file of its own, '../source/config.json', that lies outside it",
     ),
     "without a checksum": (
         lambda path: change_copied(path, {"config.json": 3}),

@@ -9,6 +9,7 @@ from torch import Tensor
 from squish_nf4 import NF4Linear, quantize_nf4
 from tests.support import cuda_inputs as inputs
 from tests.support.cuda_inputs import assert_same_bits
+from tests.support.helpers import require
 
 OPS = torch.ops.squish
 MILLISECONDS = 50
@@ -81,6 +82,8 @@ def test_a_layer_under_torch_compile_with_cuda_graphs() -> None:
 def test_more_than_2_to_the_31_elements() -> None:
     """Rows far behind the ends of 31 and 32 bits are those that the CPU makes of the same values."""
     n, d = 2**17 + 5, 32768 + 64  # 4.3e9 weights
+    free = torch.cuda.mem_get_info()[0]
+    require("large-gpu", free > 13 * 10**9, f"{free / 1e9:.1f} GB of GPU memory are free, 13 are wanted")
     w = torch.empty(n, d, dtype=torch.bfloat16, device="cuda")
     for first in range(0, n, 8192):
         w[first : first + 8192].normal_(generator=torch.Generator("cuda").manual_seed(first))

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench, limits, report, timing
+from benchmarks import bench, group_sizes, limits, report, timing
 from benchmarks.__main__ import main
 from benchmarks.bench import WrongOutputError
 from benchmarks.goals import GOALS, Goal
 from benchmarks.measures import error_over, latency, neighbours, per_weight, speed
 from benchmarks.records import COLD, HOT, LIMIT, OURS, PEER, Case, Record, from_json, read, to_json
 from benchmarks.suites.weights import Contender, ours, products, random_weight
+from squish_nf4.commands.demo.sentences import SENTENCES
 from tests.support.helpers import require
 from tests.support.models import require_minilm
 from tests.support.processes import run_python
@@ -336,3 +337,15 @@ def test_run_on_another_path_than_the_forced_one_ends(monkeypatch: pytest.Monkey
     monkeypatch.setenv("SQUISH_NF4_ISA", "another")
     with pytest.raises(SystemExit, match="SQUISH_NF4_ISA=another, but the CPU path is"):
         main(["overhead", *OPTIONS, "--output", str(tmp_path)])
+
+
+def test_group_sizes_are_tabulated(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of docs/settings.md, for one group size and four sentences."""
+    require_minilm()
+    group_sizes.main((64,), SENTENCES[:4])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    _, size, bits, gaussian, minilm, cosine, _ = (cell.strip() for cell in lines[2].split("|"))
+    assert (size, bits, gaussian) == ("64", "4.50", "0.0920")
+    assert 0.09 < float(minilm) < 0.10
+    assert 0.95 < float(cosine) < 1

@@ -45,15 +45,9 @@ PACKAGE_ROOMS: dict[str, set[str]] = {
     "checkpoint.audit": {"operators", "checkpoint", "checkpoint.source", "checkpoint.directory"},
     "integrations": {"operators", "nn", "model", "torchscript"},
     "doctor": {"operators"},
-    "commands": {
-        "operators",
-        "model",
-        "torchscript",
-        "checkpoint",
-        "checkpoint.conversion",
-        "checkpoint.audit",
-        "integrations",
-        "doctor",
+    "commands": {  # the top: all that stands below
+        *("operators", "nn", "model", "torchscript", "integrations", "doctor", "checkpoint", "checkpoint.source"),
+        *("checkpoint.directory", "checkpoint.conversion", "checkpoint.loading", "checkpoint.audit"),
     },
 }
 OPERATORS = {"_version", "_build_info", "_native", "_C", "layout", "ops", "vmap", "decompositions"}
@@ -149,21 +143,24 @@ def imports(path: Path) -> set[str]:
 
 
 def own_imports(path: Path) -> set[str]:
-    """The modules of the package that a file imports; a package that lends a name counts as its __init__."""
-    names = {name.removeprefix("squish_nf4.") for name in imports(path) if name.startswith("squish_nf4.")}
+    """The modules of the package that a file imports; a package that lends a name is its __init__."""
     known = {*modules(), *OPERATORS}
-    packages = {name for name in names if f"{name}.__init__" in known and not lends_modules_alone(path, name)}
-    return (names & known) | {f"{name}.__init__" for name in packages}
-
-
-def lends_modules_alone(path: Path, package: str) -> bool:
-    """Whether a file takes nothing from a package's __init__ but modules."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == f"squish_nf4.{package}":
-            names = {f"{package}.{alias.name}" for alias in node.names}
-            if not names <= {*modules(), *(name.removesuffix(".__init__") for name in modules())}:
-                return False
-    return True
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "squish_nf4"]
+            found |= {name.removeprefix("squish_nf4").lstrip(".") or "__init__" for name in names}
+        elif isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "squish_nf4":
+            place = str(node.module).removeprefix("squish_nf4").lstrip(".")
+            for alias in node.names:
+                module = f"{place}.{alias.name}" if place else alias.name
+                if module in known:
+                    found.add(module)
+                elif place in known:
+                    found.add(place)
+                else:
+                    found.add(f"{place}.__init__" if place else "__init__")
+    return found
 
 
 INSIDE = sorted(set(modules()) - FACE - {"__main__"})
@@ -224,11 +221,19 @@ def test_library_imports_nothing_that_only_a_terminal_needs() -> None:
 def test_reader_of_imports_sees_them(tmp_path: Path) -> None:
     file = tmp_path / "file.py"
     file.write_text(
-        "from typing import TYPE_CHECKING\nfrom squish_nf4 import _C, ops\nfrom squish_nf4.checkpoint import values\n"
+        "import squish_nf4.model\nfrom squish_nf4 import _C, convert, ops\nfrom squish_nf4.checkpoint import values\n"
         "if TYPE_CHECKING:\n    from squish_nf4.nn.linear import NF4Linear\n"
         "def f():\n    from squish_nf4.checkpoint import convert\n"
     )
-    assert own_imports(file) == {"_C", "ops", "checkpoint.values", "nn.linear", "checkpoint.__init__"}
+    assert own_imports(file) == {
+        "model",
+        "_C",
+        "ops",
+        "checkpoint.values",
+        "nn.linear",
+        "checkpoint.__init__",
+        "__init__",
+    }
 
 
 def test_importing_the_package_loads_nothing_but_torch_and_the_library() -> None:

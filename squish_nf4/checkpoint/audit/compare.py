@@ -105,7 +105,7 @@ def compare_scales(a: Array, b: Array, first_row: int, found: Differences) -> No
         found.first.append(Place((first_row + int(row), int(group)), *scales, *scales))
 
 
-def compare_values(a: Array, b: Array) -> list[Differences]:
+def compare_arrays(a: Array, b: Array) -> list[Differences]:
     """Compares two arrays of one shape and dtype bit for bit; empty if they are equal."""
     found = Differences("value")
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)

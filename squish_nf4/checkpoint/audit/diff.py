@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from squish_nf4.checkpoint.audit.compare import Differences, compare_nf4, compare_values
+from squish_nf4.checkpoint.audit.compare import Differences, compare_arrays, compare_nf4
 from squish_nf4.checkpoint.directory.reader import open_directory
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
 from squish_nf4.checkpoint.messages import Progress, shorten
@@ -99,7 +99,7 @@ def diff_tensor(name: str, a: StoredTensor, b: StoredTensor) -> TensorDiff:
     try:
         if a.kind == "nf4":
             return TensorDiff(name, None, compare_nf4(a.load_nf4(), b.load_nf4(), a.shape))
-        return TensorDiff(name, None, compare_values(a.kept(), b.kept()))
+        return TensorDiff(name, None, compare_arrays(a.kept(), b.kept()))
     except ValueError as error:
         raise ValueError(f"tensor {shorten(name)}: {error}") from error
 

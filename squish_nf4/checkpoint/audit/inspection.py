@@ -17,9 +17,9 @@ from squish_nf4.checkpoint.audit.measure import Basis, Nf4Numbers, measure
 from squish_nf4.checkpoint.directory.format import ENDS, TENSORS
 from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_directory
 from squish_nf4.checkpoint.messages import Progress, shorten
-from squish_nf4.checkpoint.source.shards import Entry, open_source, opened
+from squish_nf4.checkpoint.source.shards import Entry, open_source, opened_shard
 from squish_nf4.checkpoint.values import WIDENED, Array, dtype_name
-from squish_nf4.layout import bits_per_weight
+from squish_nf4.layout import stored_bits_per_weight
 from squish_nf4.ops import relative_error
 
 
@@ -246,11 +246,13 @@ def in_safetensors(path: Path) -> Contents:
         if name in hidden:
             continue
         shape, nbytes, stored_as = entry.shape, entry.nbytes, dtype_name(entry.dtype)
-        bits = 8.0 * entry.dtype.itemsize if entry.numel else 0.0
+        group_size = None
         if scales := scales_of.get(name):
             shape, nbytes, stored_as = (shape[0], 2 * shape[1]), nbytes + scales.nbytes, "nf4"
-            bits = bits_per_weight(shape[1], shape[1] // scales.shape[1]) if entry.numel else 0.0
+            group_size = shape[1] // scales.shape[1]
             contents.loads[name] = partial(load_pair, path, name, scales.name)
+        columns = shape[-1] if shape else 1
+        bits = stored_bits_per_weight(columns, group_size, entry.dtype.itemsize) if entry.numel else 0.0
         contents.tensors[name] = Inspected(name, None, shape, stored_as, None, None, nbytes, bits)
     return contents
 
@@ -270,5 +272,5 @@ def find_scales(entry: Entry, entries: dict[str, Entry]) -> Entry | None:
 
 
 def load_pair(path: Path, packed: str, scales: str) -> tuple[Array, Array]:
-    with opened(path) as file:
+    with opened_shard(path) as file:
         return file.get_tensor(packed).numpy(), file.get_tensor(scales).numpy()

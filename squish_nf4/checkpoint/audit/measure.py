@@ -59,7 +59,7 @@ class GroupErrors:
         """(rows, columns) summed within groups: (rows, groups)."""
         return np.asarray(values.reshape(len(values), self.error.shape[1], -1).sum(axis=2))
 
-    def measure(self, rows: slice, exact: Floats, decoded: Floats) -> None:
+    def add_measured(self, rows: slice, exact: Floats, decoded: Floats) -> None:
         """Takes in some rows of weights, and what they decode to."""
         difference = exact - decoded
         self.error[rows] = self.by_group(difference**2)
@@ -68,7 +68,7 @@ class GroupErrors:
         self.decoded_norm += float((decoded**2).sum())
         self.largest_error = max(self.largest_error, float(np.abs(difference).max(initial=0)))
 
-    def estimate(self, rows: slice, indices: NDArray[np.uint8], scales: Array) -> None:
+    def add_estimated(self, rows: slice, indices: NDArray[np.uint8], scales: Array) -> None:
         """Takes in some rows of indices, whose weights are not known: see the module."""
         squared = scales.astype(np.float64) ** 2
         flat = indices.reshape(len(indices), -1)
@@ -183,11 +183,11 @@ def measure(packed: Array, scales: Array, w: Tensor | None, recorded: float | No
         used = unpack_indices(packed[some])
         indices += np.bincount(used.reshape(-1), minlength=16)
         if w is None:
-            errors.estimate(some, used, scales[some])
+            errors.add_estimated(some, used, scales[some])
         else:
             exact = to_numpy(w[some].double()).astype(np.float64, copy=False)
             decoded = dequantize_nf4(as_torch(packed[some]), as_torch(scales[some]), group_size).numpy()
-            errors.measure(some, exact, decoded.astype(np.float64))
+            errors.add_measured(some, exact, decoded.astype(np.float64))
     basis: Basis = "measured" if w is not None else "estimated"
     relative_rms = errors.relative_rms
     if w is None and recorded is not None:

@@ -15,7 +15,7 @@ from squish_nf4.checkpoint.audit.compare import compare_with_source
 from squish_nf4.checkpoint.directory.format import SIDECAR
 from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_leniently
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
-from squish_nf4.checkpoint.files import refuse_outside, require_file, sha256_of
+from squish_nf4.checkpoint.files import inside, require_file, sha256_of
 from squish_nf4.checkpoint.messages import Progress, listed, shorten
 from squish_nf4.checkpoint.source.shards import Source, open_source
 
@@ -99,7 +99,7 @@ def check_all(
     if source is None:
         return
     done = report.nbytes
-    compare_names(directory, {entry.name for entry in source.entries}, report)
+    check_names(directory, {entry.name for entry in source.entries}, report)
     for entry, w in source.tensors():
         announce(Progress(entry.name, done, total))
         done += entry.nbytes
@@ -123,10 +123,9 @@ def check_copied(directory: SquishDirectory, report: VerifyReport) -> None:
     root = os.path.realpath(directory.path)
     copied = directory.copied if isinstance(directory.copied, dict) else {}
     for place, entry in copied.items():
-        path = directory.path / place
         report.files += 1
         try:
-            refuse_outside(path, root)
+            path = inside(directory.path, "", place)
             if not path.exists():
                 raise ValueError(f"{path} is missing; {SIDECAR} records it")
             require_checksum(require_file(path, root), entry)
@@ -184,7 +183,7 @@ def check_scales(tensor: StoredTensor, report: VerifyReport) -> None:
         )
 
 
-def compare_names(directory: SquishDirectory, names: set[str], report: VerifyReport) -> None:
+def check_names(directory: SquishDirectory, names: set[str], report: VerifyReport) -> None:
     if lost := sorted(names - directory.tensors.keys()):
         report.problems.append(f"not in {directory.path}, but in the source: {listed(lost)}")
     if extra := sorted(directory.tensors.keys() - names):

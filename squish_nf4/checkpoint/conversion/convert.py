@@ -35,6 +35,7 @@ from squish_nf4.checkpoint.conversion.run import refuse_links, write_tensors
 from squish_nf4.checkpoint.conversion.stream import Workers, look_at_values
 from squish_nf4.checkpoint.directory.format import JOURNAL, RESERVED, State, alike, holds_apart, state_of
 from squish_nf4.checkpoint.directory.npy_writer import compressor
+from squish_nf4.checkpoint.files import lies_inside
 from squish_nf4.checkpoint.messages import Progress, listed
 from squish_nf4.checkpoint.resources import DEFAULT_MIN_FREE_GB, require_room
 from squish_nf4.checkpoint.source.shards import Source
@@ -87,7 +88,7 @@ def convert(
     """
     started = time.perf_counter()
     src, dst = Path(src), Path(dst)
-    chosen = ConvertOptions.named("convert", options)
+    chosen = ConvertOptions.named(convert, options)
     refuse_inside(src, dst)
     if chosen.ultra:
         compressor()
@@ -155,14 +156,14 @@ def dry_run(
     Raises:
         FileNotFoundError, TypeError, ValueError: as convert would.
     """
-    plan = make_plan(Path(src), ConvertOptions.named("dry_run", options))
+    plan = make_plan(Path(src), ConvertOptions.named(dry_run, options))
     budget = share_out(max_ram, plan.longest_row, torch.get_num_threads())
     with ThreadPoolExecutor(budget.workers) as pool:
         return look_at_values(plan, Workers(pool, budget), progress or (lambda _: None))
 
 
 def refuse_inside(src: Path, dst: Path) -> None:
-    if src.is_dir() and dst.resolve().is_relative_to(src.resolve()):
+    if src.is_dir() and lies_inside(dst, src):
         raise ValueError(f"{dst} lies inside the source {src}; convert into a directory outside it")
 
 

@@ -87,7 +87,7 @@ class KeptValues:
     finite: bool
 
 
-def reason_to_keep(name: str, dtype: torch.dtype, shape: Sequence[int], options: ConvertOptions) -> str | None:
+def reason_by_header(name: str, dtype: torch.dtype, shape: Sequence[int], options: ConvertOptions) -> str | None:
     """Why a tensor is kept, as far as its name, dtype and shape tell; None: its values decide."""
     if found := options.passed_through_by(name):
         return f"on passthrough ({found})"
@@ -136,7 +136,7 @@ def survey_of(name: str, first_row: int, w: Tensor, rows: RowSurvey) -> Survey:
     """Refuses the non-finite. A row of float64 whose largest value float32 holds as a subnormal or 0 is beyond it."""
     largest, sums = rows.largest.numpy(), rows.sum.numpy()
     if not np.isfinite(largest).all():
-        refuse_non_finite(name, first_row, w)
+        refuse_non_finite_rows(name, first_row, w)
         return Survey(beyond_float32=True)  # finite, but only as float64
     if w.dtype == torch.float64 and bool(w[torch.from_numpy(largest < SMALLEST_NORMAL)].count_nonzero()):
         return Survey(beyond_float32=True)
@@ -148,7 +148,7 @@ def survey_of(name: str, first_row: int, w: Tensor, rows: RowSurvey) -> Survey:
     return Survey((float(outliers[outlier]), first_row + outlier), (float(peaks[peak]), first_row + peak))
 
 
-def refuse_non_finite(name: str, first_row: int, w: Tensor) -> None:
+def refuse_non_finite_rows(name: str, first_row: int, w: Tensor) -> None:
     """Raises ValueError if w, in its own dtype, holds NaN or infinity; says where."""
     for at, block in blocks(w):
         places = np.argwhere(~np.isfinite(to_numpy(block)))
@@ -187,7 +187,7 @@ def encode(name: str, tensor: Tensor, options: ConvertOptions) -> Encoded:
     """A tensor in memory as a conversion would store it. ValueError: a weight that would be quantized is not finite."""
     tensor = tensor.detach().cpu()
     shape = {"__shape": np.array(tuple(tensor.shape), dtype=np.int64)}
-    reason = reason_to_keep(name, tensor.dtype, tensor.shape, options)
+    reason = reason_by_header(name, tensor.dtype, tensor.shape, options)
     if reason is None:
         w = tensor.reshape(-1, tensor.shape[-1])
         group_size = group_size_for(w.shape[1], options.group_size)
@@ -220,7 +220,7 @@ def quantize_tensor(name: str, tensor: Tensor, **options: Any) -> dict[str, Arra
         ValueError: a weight is NaN or infinite, an option is wrong, or group_size does not divide d.
         TypeError: numpy cannot hold the dtype, or there is no such option.
     """
-    chosen = ConvertOptions.named("quantize_tensor", options)
+    chosen = ConvertOptions.named(quantize_tensor, options)
     encoded = encode(name, tensor, chosen)
     if chosen.group_size and encoded.group_size not in (None, chosen.group_size):
         raise ValueError(

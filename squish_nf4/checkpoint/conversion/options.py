@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
 DEFAULT_OUTLIER_THRESHOLD = 20.0
@@ -65,11 +66,13 @@ class ConvertOptions:
                 raise ValueError(f"{what} holds an empty name, which is part of every name")
 
     @classmethod
-    def named(cls, function: str, options: Mapping[str, Any]) -> ConvertOptions:
+    def named(cls, function: Callable[..., Any], options: Mapping[str, Any]) -> ConvertOptions:
         """The options that a function was called with. TypeError: it was given one that there is not."""
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in options if name not in known]:
-            raise TypeError(f"{function}: there is no option {unknown[0]!r}; there are {', '.join(known)}")
+            arguments = signature(function).parameters.values()
+            known += [argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
+            raise TypeError(f"{function.__name__}: there is no option {unknown[0]!r}; there are {', '.join(known)}")
         return cls(**options)
 
     def limits(self, *names: str) -> Limits:

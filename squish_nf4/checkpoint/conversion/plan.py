@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from squish_nf4.checkpoint.conversion.encode import KeptValues, Survey, group_size_for, reason_to_keep
+from squish_nf4.checkpoint.conversion.encode import KeptValues, Survey, group_size_for, reason_by_header
 from squish_nf4.checkpoint.conversion.journal import Journal, recall_removed
 from squish_nf4.checkpoint.conversion.options import ConvertOptions, Limits
 from squish_nf4.checkpoint.directory.format import keys_of
@@ -20,7 +20,7 @@ from squish_nf4.checkpoint.resources import peak
 from squish_nf4.checkpoint.source.shards import Entry, Shard, Source, open_source
 from squish_nf4.checkpoint.source.tied import find_tied
 from squish_nf4.checkpoint.values import BLOCK, WIDENED, dtype_name, rows_at_once
-from squish_nf4.layout import bits_per_weight
+from squish_nf4.layout import stored_bits_per_weight
 
 UINT8, FLOAT32, INT64 = np.dtype(np.uint8), np.dtype(np.float32), np.dtype(np.int64)
 
@@ -94,7 +94,7 @@ class Planned:
         """Bits of the values, scales included, file headers not; 0 if nothing is stored."""
         if self.tied_to is not None or not self.entry.numel:
             return 0.0
-        return bits_per_weight(self.columns, self.group_size) if self.group_size else 8.0 * self.kept_as.itemsize
+        return stored_bits_per_weight(self.columns, self.group_size, self.kept_as.itemsize)
 
     def stretches(self, longest: int) -> list[Stretch]:
         """The stretches it is read in, at most so many values each; one of none if it is empty.
@@ -210,7 +210,7 @@ def make_plan(src: Path, options: ConvertOptions, journal: Journal | None = None
     for entry in source.entries:
         owner = tied.get(entry.name, entry.name)
         # What is asked for one name of a tensor is done for the tensor.
-        reasons = [reason_to_keep(name, entry.dtype, entry.shape, options) for name in names[owner]]
+        reasons = [reason_by_header(name, entry.dtype, entry.shape, options) for name in names[owner]]
         reason = next(filter(None, reasons), None)
         group_size = None if reason else group_size_for(entry.shape[-1], options.group_size)
         limits = options.limits(*names[owner])

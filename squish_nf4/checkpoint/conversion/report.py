@@ -19,7 +19,7 @@ from squish_nf4.checkpoint.directory.format import alike
 from squish_nf4.checkpoint.directory.npy_writer import StoredFile
 from squish_nf4.checkpoint.messages import listed
 from squish_nf4.checkpoint.values import dtype_name, dtype_named
-from squish_nf4.layout import bits_per_weight
+from squish_nf4.layout import stored_bits_per_weight
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ class TensorReport:
         """Bits of the values before compression, scales included, file headers not; 0 if it is empty."""
         if 0 in self.shape:
             return 0.0
-        kept_bits = 8.0 * np.dtype(self.stored_dtype).itemsize if self.kind == "kept" else 0.0
-        return bits_per_weight(self.shape[-1], self.group_size) if self.group_size else kept_bits
+        columns = self.shape[-1] if self.shape else 1
+        itemsize = 0 if self.kind == "nf4" else np.dtype(self.stored_dtype).itemsize
+        return stored_bits_per_weight(columns, self.group_size, itemsize)
 
     @classmethod
     def of(cls, decided: Planned, relative_error: float, files: Sequence[StoredFile]) -> TensorReport:
@@ -105,7 +106,7 @@ class TensorReport:
         )
 
     def record(self) -> dict[str, Any]:
-        """Its entry in squish_nf4.json."""
+        """The tensor's entry in squish_nf4.json."""
         fields = {field: getattr(self, field) for field in RECORDED}
         return {**fields, "shape": list(self.shape), "files": {file.name: file.record() for file in self.files}}
 

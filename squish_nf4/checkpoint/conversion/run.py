@@ -36,7 +36,7 @@ def write_tensors(
 ) -> None:
     """Write every tensor of the plan that the output does not hold; the arguments are those of convert."""
     missing = [planned for planned in plan.tensors if planned.entry.name not in output.records]
-    refuse_lost(missing)
+    refuse_removed_shards(missing)
     done = plan.source.nbytes - sum(planned.entry.nbytes for planned in missing)
 
     def announce(planned: Planned, nbytes: int) -> None:
@@ -141,7 +141,7 @@ def refuse_links(shards: Sequence[Shard]) -> None:
             raise ValueError(f"delete_source: {shard.path} has another name elsewhere (a hard link); keep it")
 
 
-def refuse_lost(missing: Sequence[Planned]) -> None:
+def refuse_removed_shards(missing: Sequence[Planned]) -> None:
     """Refuses tensors that are to be converted, though their shard was removed when they had been."""
     for planned in missing:
         if not planned.entry.shard.path.exists():

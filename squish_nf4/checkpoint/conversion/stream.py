@@ -23,6 +23,7 @@ from squish_nf4.checkpoint.source.shards import read_values
 from squish_nf4.checkpoint.values import Array, in_dtype, smallest_dtype, to_numpy
 
 T = TypeVar("T")
+Look = TypeVar("Look", EncodedRows, KeptValues)
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,9 @@ def write(
     """Writes one tensor. If a value keeps it from NF4, what was written of that is taken back."""
     squares: list[tuple[float, float]] = []
     if planned.group_size is None:
-        decided = decide(planned, (), lambda _: (look for look in looks if isinstance(look, KeptValues)))
+        decided = decide(planned, (), lambda _: all_of(KeptValues, looks))
     else:
-        rows = (look for look in looks if isinstance(look, EncodedRows))
-        surveys = write_nf4(planned, planned.group_size, rows, files, squares)  # nothing yet: decide drives it
+        surveys, squares = write_nf4(planned, planned.group_size, all_of(EncodedRows, looks), files)
         decided = decide(planned, surveys, partial(look_at_all_kept, workers))
     if decided.group_size is None:
         files.discard()
@@ -137,20 +137,23 @@ def write(
     return TensorReport.of(decided, error_of_blocks(squares), files.finish())
 
 
-def write_nf4(
-    planned: Planned,
-    group_size: int,
-    rows: Iterable[EncodedRows],
-    files: TensorFiles,
-    squares: list[tuple[float, float]],
-) -> Iterator[Survey]:
-    """Writes a tensor as its surveys are asked for: yields what each stretch of rows says, and writes these rows.
+def all_of(kind: type[Look], looks: Iterable[object]) -> Iterator[Look]:
+    """Looks that are all of one kind, as look_at gives them of one tensor."""
+    for look in looks:
+        if not isinstance(look, kind):
+            raise TypeError(f"a stretch gave {type(look).__name__}; {kind.__name__} is wanted")
+        yield look
 
-    From the first rows on that NF4 cannot take nothing more is written; the surveys of the rest still come.
-    """
+
+def write_nf4(
+    planned: Planned, group_size: int, rows: Iterable[EncodedRows], files: TensorFiles
+) -> tuple[list[Survey], list[tuple[float, float]]]:
+    """Writes encoded rows, up to the first that NF4 cannot take. Returns the surveys and the squares of all."""
     for suffix, (dtype, shape) in planned.nf4_arrays(group_size).items():
         files.open(suffix, dtype, shape, may_compress=suffix == "__s_nf4")
     files.write("__shape", shape_of(planned))
+    surveys: list[Survey] = []
+    squares: list[tuple[float, float]] = []
     goes_on = True
     for some in rows:
         if some.packed is None or some.scales is None:
@@ -158,8 +161,9 @@ def write_nf4(
         elif goes_on:
             files.write("__nf4", some.packed)
             files.write("__s_nf4", some.scales)
+        surveys.append(some.survey)
         squares += some.squares
-        yield some.survey
+    return surveys, squares
 
 
 def look_at_all_kept(workers: Workers, planned: Planned) -> Iterator[KeptValues]:

@@ -35,7 +35,7 @@ class NpyFile:
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
-        """In native byte order, as load() gives it."""
+        """The dtype of what load() gives: that of the header, in native byte order."""
         return self.header.dtype.newbyteorder("=")
 
     @property

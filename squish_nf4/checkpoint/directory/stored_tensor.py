@@ -22,7 +22,7 @@ from squish_nf4.checkpoint.files import refuse_outside, require_file
 from squish_nf4.checkpoint.messages import shorten
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.checkpoint.values import WIDENED, Array, dtype_name
-from squish_nf4.layout import bits_per_weight
+from squish_nf4.layout import stored_bits_per_weight
 from squish_nf4.ops import COMPUTE_DTYPES, dequantize_nf4
 
 AT_ONCE = 2**20  # elements decoded or cast at once: what a check of them takes is next to nothing
@@ -114,7 +114,8 @@ class StoredTensor:
         """Bits of the stored values, without file headers and before compression; 0 if there are none."""
         if not self.size:
             return 0.0
-        return bits_per_weight(self.matrix_shape[1], self.group_size) if self.group_size else 8.0 * self.dtype.itemsize
+        columns = self.matrix_shape[1] if self.kind == "nf4" else 1
+        return stored_bits_per_weight(columns, self.group_size, self.dtype.itemsize)
 
     def bytes_as(self, dtype: torch.dtype) -> int:
         """Memory that read(dtype) takes; an array that is mapped as it lies takes none."""
@@ -155,7 +156,7 @@ class StoredTensor:
         for target, *block in zip(*(torch.split(whole, rows) for whole in (values, packed, scales)), strict=True):
             target.copy_(decoded(*block, dtype=rounded))
             if is_narrower(dtype, torch.float32) and bool(block[1].isfinite().all()):
-                refuse_lost(~is_finite(target), dtype)
+                refuse_values_lost(~is_finite(target), dtype)
         return values
 
     def cast(self, dtype: torch.dtype) -> Tensor:
@@ -167,7 +168,7 @@ class StoredTensor:
         for target, block in zip(*(torch.split(whole.view(-1), AT_ONCE) for whole in (values, tensor)), strict=True):
             target.copy_(block)
             if is_narrower(dtype, tensor.dtype):
-                refuse_lost(block.isfinite() & ~is_finite(target), dtype)
+                refuse_values_lost(block.isfinite() & ~is_finite(target), dtype)
         return values
 
 
@@ -180,7 +181,7 @@ def is_finite(values: Tensor) -> Tensor:
     return (values.float() if values.dtype in WIDENED else values).isfinite()  # torch asks no 8-bit float
 
 
-def refuse_lost(lost: Tensor, dtype: torch.dtype) -> None:
+def refuse_values_lost(lost: Tensor, dtype: torch.dtype) -> None:
     """Raises ValueError if any element is marked as lost in dtype."""
     if bool(lost.any()):
         raise ValueError(

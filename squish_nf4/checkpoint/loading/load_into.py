@@ -20,9 +20,9 @@ from squish_nf4.checkpoint.loading.slots import (
     Filling,
     Slot,
     Step,
-    compare_names,
     describe_misfit,
     have_same_values,
+    missing_and_extra,
     slots_of,
 )
 from squish_nf4.checkpoint.messages import listed
@@ -85,7 +85,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         raise TypeError("load_into: a ScriptModule cannot be filled; load into the module that it is scripted from")
     directory = open_directory(path)
     slots = slots_of(model)
-    missing, extra = compare_names(slots, directory.tensors)
+    missing, extra = missing_and_extra(slots, directory.tensors)
     if strict and (missing or extra):
         raise ValueError(f"load_into: {directory.path} does not fit the model: {describe_misfit(missing, extra)}")
     try:

@@ -36,13 +36,13 @@ class Slot:
 
     @property
     def nf4_layers(self) -> list[NF4Linear]:
-        """Those whose packed weight this is; none for another tensor."""
+        """The NF4 layers whose packed weight this tensor is; none if it is another tensor."""
         layers = [module for module, attribute in self.places if attribute == "weight"]
         return [layer for layer in layers if isinstance(layer, NF4Linear)]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the weight that is meant: a packed one has another."""
+        """The shape of the weight that the tensor stands for: packed bytes have another one."""
         packed = self.nf4_layers
         return (packed[0].out_features, packed[0].in_features) if packed else tuple(self.tensor.shape)
 
@@ -90,7 +90,7 @@ def slots_of(model: nn.Module) -> list[Slot]:
     return list(slots.values())
 
 
-def compare_names(slots: list[Slot], names: Collection[str]) -> tuple[list[str], list[str]]:
+def missing_and_extra(slots: list[Slot], names: Collection[str]) -> tuple[list[str], list[str]]:
     """(what the model wants and names lack, what names have and the model does not). One name of a slot is enough."""
     known = {name for slot in slots for name in slot.names}
     missing = [slot.name for slot in slots if slot.required and not any(name in names for name in slot.names)]

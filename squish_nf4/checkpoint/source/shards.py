@@ -6,7 +6,6 @@ read at once, and a file that is cut short meanwhile is an error and not a dead 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from squish_nf4.checkpoint.files import sha256_of_bytes
 from squish_nf4.checkpoint.messages import listed, shorten
 from squish_nf4.checkpoint.source.small_files import INDEX_SUFFIX, collect_small_files, other_weights
 
@@ -97,7 +97,7 @@ class Source:
     def tensors(self) -> Iterator[tuple[Entry, Tensor]]:
         """Whole tensors, one at a time, mapped from their files."""
         for shard, entries in groupby(self.entries, key=lambda entry: entry.shard.path):
-            with opened(shard) as file:
+            with opened_shard(shard) as file:
                 for entry in entries:
                     yield entry, file.get_tensor(entry.name)
 
@@ -135,7 +135,7 @@ def open_source(path: Path, removed: Recalled = MappingProxyType({})) -> Source:
         ValueError: nothing to convert, a damaged shard, an index that is wrong, or a dtype that cannot be stored.
     """
     if path.is_dir():
-        source = open_directory(path, removed)
+        source = open_folder(path, removed)
     elif path in removed:
         source = Source(removed[path])
     elif not path.exists():
@@ -149,7 +149,7 @@ def open_source(path: Path, removed: Recalled = MappingProxyType({})) -> Source:
     return source
 
 
-def open_directory(directory: Path, removed: Recalled) -> Source:
+def open_folder(directory: Path, removed: Recalled) -> Source:
     index = find_index(directory)
     shards = read_index(index, removed) if index else {shard: set() for shard in find_shards(directory, removed)}
     if not shards:
@@ -216,7 +216,7 @@ def list_tensors(shards: Iterable[Path], removed: Recalled) -> list[Entry]:
     """Every tensor of the shards, from their headers; refuses a name that two shards hold."""
     entries: dict[str, Entry] = {}
     for path in shards:
-        for entry in removed[path] if path in removed else read_header(path):
+        for entry in removed[path] if path in removed else read_shard_header(path):
             if entry.name in entries:
                 raise ValueError(
                     f"tensor {shorten(entry.name)} is in both {entries[entry.name].shard.path.name} and {path.name}"
@@ -225,8 +225,8 @@ def list_tensors(shards: Iterable[Path], removed: Recalled) -> list[Entry]:
     return list(entries.values())
 
 
-def read_header(path: Path) -> list[Entry]:
-    with opened(path) as file:
+def read_shard_header(path: Path) -> list[Entry]:
+    with opened_shard(path) as file:
         shard, start = describe(path)
         found: dict[str, Entry] = {}
         for name in file.offset_keys():  # safetensors has checked that the tensors lie side by side without a gap
@@ -247,11 +247,11 @@ def describe(path: Path) -> tuple[Shard, int]:
         length = file.read(8)
         header = file.read(int.from_bytes(length, "little"))
         status = os.fstat(file.fileno())
-        return Shard(path, status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest()), file.tell()
+        return Shard(path, status.st_size, status.st_mtime_ns, sha256_of_bytes(header)), file.tell()
 
 
 @contextmanager
-def opened(shard: Path) -> Iterator[Any]:
+def opened_shard(shard: Path) -> Iterator[Any]:
     """safe_open, with errors that name the file and the usual cause."""
     if shard.exists() and not shard.is_file():
         raise ValueError(f"{shard} is no regular file; a shard is one, or a link to one")

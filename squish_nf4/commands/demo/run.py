@@ -17,15 +17,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import squish_nf4
 from squish_nf4.checkpoint.audit.inspection import Inspection, inspect
 from squish_nf4.checkpoint.audit.verify import VerifyReport, verify
+from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.conversion.report import ConvertReport
 from squish_nf4.commands.demo.agreement import Agreement, agreement_of
 from squish_nf4.commands.demo.model import encode, load_model, model_folder, require_extras
 from squish_nf4.commands.demo.sentences import SENTENCES
 from squish_nf4.commands.inspect.page import write_page
-from squish_nf4.model import bytes_of
+from squish_nf4.model import QuantizeReport, bytes_of, quantize_model
 
 Step = Callable[[str], AbstractContextManager[None]]
 
@@ -70,7 +70,7 @@ class DemoReport:
 
     sentences: int
     model_bytes: tuple[int, int]
-    quantized: squish_nf4.QuantizeReport
+    quantized: QuantizeReport
     agreement: Agreement
     in_one_batch: Seconds
     one_by_one: Seconds
@@ -111,7 +111,7 @@ def run(
         dense = load_model()
     with step("Quantizing its encoder to NF4"):
         nf4 = copy.deepcopy(dense)
-        quantized = squish_nf4.quantize_model(nf4[0].model.encoder)
+        quantized = quantize_model(nf4[0].model.encoder)
     with step(f"Encoding {len(sentences)} sentences with both"):
         agreement = agreement_of(encode(dense, sentences), encode(nf4, sentences))
     with step("Timing both, in turn"):
@@ -157,4 +157,4 @@ def convert_again(source: Path, target: Path) -> ConvertReport:
     """Convert a checkpoint as `squish-nf4 convert --nf4` does, over that of an earlier demo."""
     if (target / "tensors").is_dir():
         shutil.rmtree(target)
-    return squish_nf4.convert(source, target)
+    return convert(source, target)
