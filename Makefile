@@ -20,13 +20,13 @@ setup:
 demo: setup
 	@.venv/bin/squish-nf4 demo --output demo-output
 
-# The folders of tests that AREA may name. The marked tests of a file share a process, so that it builds once.
+# The folders of tests that AREA may name. A file runs in one process, so that what its tests share is built once.
 areas = $(filter-out support fuzzing,$(patsubst tests/%/__init__.py,%,$(wildcard tests/*/__init__.py)))
 ifneq (,$(filter-out $(areas),$(AREA)))
 $(error tests has no folder $(filter-out $(areas),$(AREA)); AREA is one or more of: $(areas))
 endif
 # Two processes with two threads each: on two cores, a thread that waits must not spin.
-pytest = OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 2 --dist loadgroup $(addprefix tests/,$(AREA))
+pytest = OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix tests/,$(AREA))
 
 test: setup
 	@$(pytest) $(PYTEST_ARGS)

@@ -34,14 +34,6 @@ def inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist loadgroup, the marked tests of a file run in one process: what they share is made once."""
-    for item in items:
-        if any(map(item.get_closest_marker, ("builds", "compiles", "sweeps"))):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """torch's random numbers too."""
