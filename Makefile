@@ -4,7 +4,7 @@
 help:
 	@echo "make demo    quantize a real sentence model, compare it with the dense one, convert, verify, inspect"
 	@echo "make test    the whole test suite             AREA=\"nn checkpoint\" runs these folders of tests alone"
-	@echo "make test-fast  what neither builds nor sweeps: two minutes (what is left out: Makefile)"
+	@echo "make test-fast  what neither builds nor sweeps: three minutes (what is left out: Makefile)"
 	@echo "make fuzz    the readers under a coverage-guided fuzzer (a minute each of four targets; FUZZ_ARGS=--seconds=600)"
 	@echo "make compatibility  build and test with every torch and compiler of noxfile.py (an hour, 40 GB)"
 	@echo "make lint    ruff, mypy and clang-format, as CI runs them"
