@@ -19,6 +19,8 @@ from tests.support.models import eager_minilm, minilm_calls, require_minilm
 from tests.support.processes import assert_one_sentence, squish
 from tests.support.scripts import run_here
 
+pytestmark = pytest.mark.sweeps  # what is exported is tried in a fresh process
+
 MODELS = """
 import torch
 import squish_nf4

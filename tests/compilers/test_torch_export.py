@@ -14,6 +14,8 @@ from squish_nf4 import NF4Linear, library_path
 from tests.support.models import BATCH_AND_TOKENS, Requantize, quantized_llama, some_tokens
 from tests.support.processes import run_python
 
+pytestmark = pytest.mark.sweeps  # what is exported is tried in a fresh process
+
 SIZES = [(1, 1), (2, 9), (1, 40), (7, 30)]
 
 

@@ -151,16 +151,19 @@ for call in (
     return done.stdout
 
 
+@pytest.mark.sweeps
 @pytest.mark.parametrize("isa", ["sse", "AVX2", "avx512 ", "avx2,avx512"])
 def test_unknown_path_is_a_value_error_at_the_first_call_and_not_at_import(isa: str) -> None:
     refusal = f"SQUISH_NF4_ISA must be scalar, avx2, avx512 or avx512_bf16, got '{isa}'"
     assert first_call(isa).splitlines() == ["imported", *[refusal] * 6]
 
 
+@pytest.mark.sweeps
 def test_no_wish_is_the_best_path() -> None:
     assert first_call("").splitlines() == ["imported", *["computed"] * 6]
 
 
+@pytest.mark.sweeps
 def test_refusal_names_every_path_there_is() -> None:
     refusal = first_call("unknown")
     assert [isa for isa in ISAS if isa not in refusal] == []

@@ -13,6 +13,8 @@ from squish_nf4 import NF4Linear, quantize_model
 from tests.support.models import Rotary, Tied, WithBuffers
 from tests.support.processes import run_python
 
+pytestmark = pytest.mark.sweeps  # what is saved is loaded in a fresh process
+
 TOKENS = torch.arange(32).reshape(2, 16)
 
 LOAD = """

@@ -12,6 +12,8 @@ import squish_nf4
 from squish_nf4 import _build_info, _native
 from tests.support.processes import run_python
 
+pytestmark = pytest.mark.sweeps  # a fresh Python for nearly every test
+
 PACKAGE = Path(squish_nf4.__file__).parent
 REBUILD = "rebuild it for this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
 

@@ -23,6 +23,8 @@ from tests.support import ROOT
 from tests.support.helpers import require
 from tests.support.processes import HIDE_PACKAGES, assert_one_sentence, run
 
+pytestmark = pytest.mark.sweeps  # a fresh Python for nearly every test
+
 BUILD = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", "/nonexistent"]
 WITHOUT_TORCH = HIDE_PACKAGES.format(hidden=["torch"])
 WITHOUT_HEADERS = """

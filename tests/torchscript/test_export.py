@@ -23,6 +23,8 @@ from tests.support.helpers import require, require_transformers
 from tests.support.models import quantized_llama, some_tokens
 from tests.support.scripts import load, run_here
 
+pytestmark = pytest.mark.sweeps  # what is exported is tried in a fresh process
+
 
 class Unscriptable(nn.Module):
     """Keyword arguments are what TorchScript's compiler refuses first."""
