@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool mine = wanted < blocks;
     const int64_t block = mine ? wanted : blocks - 1;
     const T* from = w + (block / blocks_per_row) * row_stride + (block % blocks_per_row) * columns;
-    float scale[2];
+    float scale[2] = {};
     for (int k = 0; k < groups; ++k) {
       uint32_t absmax = 0;
       for (int64_t i = lane; i < group_size; i += kLanes) {

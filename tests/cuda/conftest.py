@@ -1,20 +1,45 @@
-"""The tests of this folder run on a GPU. Elsewhere they are skipped, or fail if SQUISH_REQUIRE names cuda.
+"""What runs on a GPU is skipped without one, or fails if SQUISH_REQUIRE names cuda.
 
-A module that says NEEDS_NO_GPU runs everywhere.
+The fixture ``gpu`` asks a test twice: of a GPU, and of the kernels executed on the CPU, which needs nvcc. A module that
+asks for neither says NEEDS_NO_GPU.
 """
 
 from __future__ import annotations
+
+import shutil
 
 import pytest
 import torch
 
 from squish_nf4 import _build_info
+from tests.support.gpus import ExecutedGpu, RealGpu
 from tests.support.helpers import require
+from tests.support.ptx.host import compile_kernels
+
+
+def require_a_gpu() -> None:
+    require("cuda", _build_info.CUDA_VERSION is not None, "squish_nf4 was built for the CPU only")
+    require("cuda", torch.cuda.is_available(), "torch finds no GPU")
 
 
 @pytest.fixture(autouse=True)
 def _gpu(request: pytest.FixtureRequest) -> None:
-    if getattr(request.module, "NEEDS_NO_GPU", False):
-        return
-    require("cuda", _build_info.CUDA_VERSION is not None, "squish_nf4 was built for the CPU only")
-    require("cuda", torch.cuda.is_available(), "torch finds no GPU")
+    if not getattr(request.module, "NEEDS_NO_GPU", False) and not {"gpu", "executed"} & set(request.fixturenames):
+        require_a_gpu()
+
+
+@pytest.fixture(scope="session")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> ExecutedGpu:
+    """The kernels of csrc/cuda for compute capability 9.0, on a GPU that numpy plays."""
+    nvcc = shutil.which("nvcc")
+    require("nvcc", nvcc is not None, "there is no nvcc on the PATH")
+    return ExecutedGpu(compile_kernels(str(nvcc), tmp_path_factory.mktemp("kernels")))
+
+
+@pytest.fixture(params=["gpu", pytest.param("executed", marks=pytest.mark.builds)])
+def gpu(request: pytest.FixtureRequest) -> RealGpu | ExecutedGpu:
+    if request.param == "gpu":
+        require_a_gpu()
+        return RealGpu()
+    found: ExecutedGpu = request.getfixturevalue("executed")
+    return found

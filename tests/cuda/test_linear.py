@@ -7,35 +7,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from squish_nf4 import NF4Linear, dequantize_model, quantize_model
 from tests.support import cuda_inputs as inputs
 from tests.support.cuda_inputs import assert_same_bits
+from tests.support.helpers import relative
+from tests.support.products import assert_product
 
 OPS = torch.ops.squish
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 64, 65, 130)
-
-
-def relative(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
-
-
-def spread(a: Tensor, b: Tensor) -> float:
-    """The norm of a @ b with random signs: a single sum that happens to cancel is no measure of its own error."""
-    return float((a.double().square() @ b.double().square()).sum().sqrt())
-
-
-def assert_product(found: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, what: object) -> None:
-    """float32 within 1e-6 of float64, 16 bits within an ulp; or 1.2 times what dense torch makes of the same weight."""
-    assert found.dtype == a.dtype
-    exact = a.double() @ b.double() + (0 if bias is None else bias.double())
-    cancelled = max(1.0, spread(a, b) / float(exact.norm()))
-    product = a @ b.to(a.dtype)
-    dense = product if bias is None else (product.float() + bias.float()).to(a.dtype)
-    own = 1e-6 if a.dtype == torch.float32 else torch.finfo(a.dtype).eps / 2
-    allowed = max(1.2 * relative(dense, exact), own * cancelled)
-    assert relative(found, exact) <= allowed, what
 
 
 def check_linear(n: int, d: int, group_size: int, m: int, dtype: torch.dtype, bias_dtype: torch.dtype | None) -> None:

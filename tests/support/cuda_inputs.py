@@ -43,9 +43,9 @@ def shapes() -> Iterator[tuple[int, int, int]]:
     yield 33, 8192, 64
 
 
-def layouts(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """(n, 192) tensors on the device that are not simply contiguous."""
-    values = normal(40 * 400, seed=2).to(dtype).to(device)
+def layouts(dtype: torch.dtype) -> dict[str, Tensor]:
+    """(n, 192) tensors that are not simply contiguous."""
+    values = normal(40 * 400, seed=2).to(dtype)
     matrix = values.view(40, 400)
     return {
         "every second row": matrix[::2, :192],

@@ -1,0 +1,110 @@
+"""The product of a few activations with the packed weight itself, on a GPU and executed on the CPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import cuda_inputs as inputs
+from tests.support.cuda_inputs import assert_same_bits
+from tests.support.gpus import ExecutedGpu, RealGpu
+from tests.support.products import assert_product
+
+OPS = torch.ops.squish
+DTYPES = (torch.bfloat16, torch.float16)
+Gpu = RealGpu | ExecutedGpu
+
+
+def check(
+    gpu: Gpu, x: Tensor, n: int, group_size: int, bias_dtype: torch.dtype | None = None, columns: int = 0
+) -> Tensor:
+    """columns: of the weight, if they are more than those of x."""
+    m, d = x.shape
+    packed, scales = inputs.packed_weight(n, columns or d, group_size)
+    if isinstance(gpu, ExecutedGpu):
+        assert gpu.takes(m, n, columns or d, group_size)
+    bias = None if bias_dtype is None else inputs.normal(n, seed=10).to(bias_dtype)
+    y = gpu.linear_nf4(
+        gpu.put(x), gpu.put(packed), gpu.put(scales), None if bias is None else gpu.put(bias), group_size
+    )
+    weight = OPS.dequantize_nf4(packed, scales, group_size)[:, :d]
+    what = f"x {tuple(x.shape)}, strides {x.stride()}, {n} rows, group_size {group_size}, bias {bias_dtype}"
+    assert_product(y.cpu(), x, weight.t(), bias, what)
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_every_number_of_activations(gpu: Gpu, group_size: int, dtype: torch.dtype) -> None:
+    most = {32: 16, 64: 32}.get(group_size, 64)
+    for m in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 63, 64):
+        if m <= most:
+            check(gpu, inputs.normal(m, 512, seed=9).to(dtype), 40, group_size, dtype if m % 2 else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_and_columns(gpu: Gpu, dtype: torch.dtype) -> None:
+    """Fewer columns than a block has warps, numbers of rows that fill no tile, groups as long as a row."""
+    for d, group_size in (
+        (128, 32),
+        (128, 64),
+        (128, 128),
+        (384, 64),
+        (640, 32),
+        (2176, 128),
+        (4096, 64),
+        (4096, 4096),
+    ):
+        for n in (32, 33, 47, 64, 65):
+            check(gpu, inputs.normal(3, d, seed=9).to(dtype), n, group_size, torch.float32)
+
+
+def test_more_blocks_than_multiprocessors(gpu: Gpu) -> None:
+    check(gpu, inputs.normal(2, 256).bfloat16(), 32 * 133 + 5, 64)
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_the_bias_is_added_once(gpu: Gpu, bias_dtype: torch.dtype | None) -> None:
+    packed, scales = inputs.packed_weight(50, 256, 64)
+    bias = torch.zeros(50) if bias_dtype is None else inputs.normal(50, seed=10).to(bias_dtype)
+    given = None if bias_dtype is None else gpu.put(bias)
+    x = gpu.put(torch.zeros(3, 256, dtype=torch.bfloat16))
+    y = gpu.linear_nf4(x, gpu.put(packed), gpu.put(scales), given, 64)
+    assert_same_bits(y, bias.to(torch.bfloat16).expand(3, -1), bias_dtype)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_one_weight_at_a_time(gpu: Gpu, group_size: int) -> None:
+    """With x a column of the identity, y is a column of the weight: each comes from its byte and its scale."""
+    n, d = 32, 256
+    packed, scales = inputs.packed_weight(n, d, group_size)
+    levels = OPS.dequantize_nf4(packed, torch.ones_like(scales), group_size).bfloat16().float()
+    expected = (levels * scales.repeat_interleave(group_size, dim=1)).bfloat16()
+    for first in range(0, d, 16):
+        x = torch.eye(d, dtype=torch.bfloat16)[first : first + 16]
+        y = gpu.linear_nf4(gpu.put(x.clone()), gpu.put(packed), gpu.put(scales), None, group_size)
+        assert bool((y.cpu() == expected[:, first : first + 16].t()).all()), first
+
+
+def test_x_of_any_strides_width_and_alignment(gpu: Gpu) -> None:
+    wide = inputs.normal(12, 600, seed=11).bfloat16()
+    for x in (wide[::2, :256], wide[:, 1:257], wide[:, ::2][:, :256], wide[:1, :256].expand(5, 256)):
+        check(gpu, x, 64, 64)
+    for d in (1, 127, 130, 255):
+        check(gpu, wide[:5, :d], 33, 32, columns=256)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity_come_through(gpu: Gpu, dtype: torch.dtype) -> None:
+    packed, scales = inputs.packed_weight(32, 256, 64)
+    scales[3, 1], scales[5, 2] = math.nan, math.inf
+    for m in (1, 20):
+        x = inputs.normal(m, 256).to(dtype)
+        y = gpu.linear_nf4(gpu.put(x), gpu.put(packed), gpu.put(scales), None, 64).cpu()
+        assert bool(y[:, 3].isnan().all())
+        assert not bool(y[:, 5].isfinite().any())
+        rest = [row for row in range(32) if row not in (3, 5)]
+        assert bool(y[:, rest].isfinite().all())

@@ -1,0 +1,204 @@
+"""The tests of the executed kernels find what they are there to find: each mutant of the kernels fails one of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import ROOT
+from tests.support import cuda_inputs as inputs
+from tests.support.cuda_inputs import assert_same_bits
+from tests.support.gpus import ExecutedGpu
+from tests.support.products import assert_product
+from tests.support.ptx.host import compile_kernels
+from tests.support.ptx.memory import KernelError
+
+OPS = torch.ops.squish
+Check = Callable[[ExecutedGpu], None]
+pytestmark = pytest.mark.builds
+
+
+def quantize(d: int, group_size: int, dtype: torch.dtype = torch.float32) -> Check:
+    def check(gpu: ExecutedGpu) -> None:
+        w = inputs.normal(3, d).to(dtype)
+        for found, expected in zip(gpu.quantize_nf4(w, group_size), OPS.quantize_nf4(w, group_size), strict=True):
+            assert_same_bits(found, expected, "")
+
+    return check
+
+
+def boundaries(exponents: range) -> Check:
+    def check(gpu: ExecutedGpu) -> None:
+        for w, group_size in inputs.around_the_boundaries(exponents):
+            assert_same_bits(gpu.quantize_nf4(w, group_size)[0], OPS.quantize_nf4(w, group_size)[0], "")
+
+    return check
+
+
+def dequantize(d: int, group_size: int, dtype: torch.dtype) -> Check:
+    def check(gpu: ExecutedGpu) -> None:
+        packed, scales = inputs.packed_weight(3, d, group_size)
+        scales[1, 0] = float("nan")
+        expected = OPS.dequantize_nf4(packed, scales, group_size, dtype=dtype)
+        assert_same_bits(gpu.dequantize_nf4(packed, scales, group_size, dtype), expected, "")
+
+    return check
+
+
+def linear(d: int, group_size: int, m: int = 3, width: int = 0) -> Check:
+    def check(gpu: ExecutedGpu) -> None:
+        packed, scales = inputs.packed_weight(40, d, group_size)
+        x, bias = inputs.normal(m, width or d, seed=9).bfloat16(), inputs.normal(40, seed=10).bfloat16()
+        weight = OPS.dequantize_nf4(packed, scales, group_size)[:, : width or d]
+        assert_product(gpu.linear_nf4(x, packed, scales, bias, group_size), x, weight.t(), bias, "")
+
+    return check
+
+
+def quantize_beyond_32_bits(gpu: ExecutedGpu) -> None:
+    """The last 4096 of 2^31 + 4096 weights."""
+    d, group_size, tail = 2**31 + 4096, 64, 4096
+    w = inputs.normal(1, tail).float()
+    memory = gpu.gpu.reset()
+    given = memory.part_of_input(4 * d, 4 * (d - tail), w.numpy())
+    packed = memory.part_of_output(d // 2, (d - tail) // 2, tail // 2)
+    scales = memory.part_of_output(4 * d // group_size, 4 * (d - tail) // group_size, 4 * tail // group_size)
+    gpu.gpu.only = lambda blocks: range(blocks - 2, blocks)
+    try:
+        gpu.gpu.call("quantize_float32", given, 1, d, d, group_size, packed, scales)
+    finally:
+        gpu.gpu.only = None
+    assert packed.bytes().tobytes() == OPS.quantize_nf4(w, group_size)[0].numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    was: str
+    becomes: str
+    check: Check
+
+
+MUTANTS = {
+    "a shuffle over half of its lanes": Mutant(
+        "quantize",
+        "for (int offset = kLanes / 2; offset > 0; offset /= 2)\n        absmax = max",
+        "for (int offset = kLanes / 4; offset > 0; offset /= 2)\n        absmax = max",
+        quantize(512, 64),
+    ),
+    "levels from lanes of the wrong width": Mutant(
+        "dequantize",
+        "4 * k), nf4::kLevelCount)",
+        "4 * k), nf4::kLevelCount / 2)",
+        dequantize(256, 64, torch.float32),
+    ),
+    "a tail of one octet too many": Mutant(
+        "quantize",
+        "if (s * kThreads >= left) continue;",
+        "if (s * kThreads > left) continue;",
+        quantize(320, 64),
+    ),
+    "the product with the reciprocal for float32": Mutant(
+        "quantize",
+        "std::is_same_v<T, float> ? quotient(w, scale, reciprocal) : w * reciprocal",
+        "w * reciprocal",
+        boundaries(range(2)),
+    ),
+    "halves of a byte exchanged": Mutant(
+        "quantize",
+        "pack_indices(even, odd)",
+        "pack_indices(odd, even)",
+        quantize(96, 3),
+    ),
+    "an index of 32 bits": Mutant(
+        "quantize",
+        "row * row_stride + first * kColumns",
+        "row * row_stride + static_cast<int>(first * kColumns)",
+        quantize_beyond_32_bits,
+    ),
+    "the quick quotient under any scale": Mutant(
+        "quantize",
+        "return nf4::bits_of(scale) - kLeast < kAbove - kLeast;",
+        "return true;",
+        boundaries(range(-126, -122)),
+    ),
+    "more than one NaN": Mutant(
+        "dequantize",
+        "return product == product ? rounded",
+        "return true ? rounded",
+        dequantize(256, 64, torch.bfloat16),
+    ),
+    "the scale of the neighbour group": Mutant(
+        "dequantize",
+        "scales[(2 * j + 1) / group_size]",
+        "scales[2 * j / group_size]",
+        dequantize(60, 3, torch.float32),
+    ),
+    "no barrier between the table and who reads it": Mutant(
+        "linear_small_m",
+        "wait_for_copies();\n  __syncthreads();",
+        "wait_for_copies();",
+        linear(256, 64),
+    ),
+    "no wait for the copies of the scales": Mutant(
+        "linear_small_m",
+        "  wait_for_copies();\n",
+        "",
+        linear(256, 64),
+    ),
+    "no barrier between the table and the sums in its place": Mutant(
+        "linear_small_m",
+        "  __syncthreads();  // the table is done with\n",
+        "",
+        linear(2048, 64),
+    ),
+    "a load ahead that nothing stops": Mutant(
+        "linear_small_m",
+        "if (chunk + 1 < last) load(next);",
+        "load(next);",
+        linear(256, 64),
+    ),
+    "the wrong row of a fragment": Mutant(
+        "linear_small_m",
+        "from + (2 * r + 1) * eight_rows",
+        "from + (2 * r) * eight_rows",
+        linear(256, 64),
+    ),
+    "the bias twice": Mutant(
+        "linear_small_m",
+        "total += nf4::to_float(bias[row]);",
+        "total += 2 * nf4::to_float(bias[row]);",
+        linear(256, 64),
+    ),
+    "a column past the end of x": Mutant(
+        "linear_small_m",
+        "if (column + k < x_columns)",
+        "if (column + k <= x_columns)",
+        linear(256, 64, width=250),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_kernels_as_they_are_pass(executed: ExecutedGpu, name: str) -> None:
+    MUTANTS[name].check(executed)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_found(executed: ExecutedGpu, name: str, tmp_path: Path) -> None:
+    mutant = MUTANTS[name]
+    source = (ROOT / "csrc" / "cuda" / f"{mutant.file}.cu").read_text()
+    assert source.count(mutant.was) == 1, "the mutant has to be written anew: the kernel has changed"
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    (folder / f"{mutant.file}.cu").write_text(source.replace(mutant.was, mutant.becomes))
+    (tmp_path / "built").mkdir()
+    nvcc = str(shutil.which("nvcc"))
+    library = compile_kernels(nvcc, tmp_path / "built", tmp_path, unchanged=executed.library.parent)
+    with pytest.raises((KernelError, AssertionError)):
+        mutant.check(ExecutedGpu(library))

@@ -1,0 +1,115 @@
+"""The operators on a GPU, and on one that is executed: tests/cuda asks the same of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.support.ptx.host import Gpu
+from tests.support.ptx.memory import Buffer
+
+OPS = torch.ops.squish
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class RealGpu:
+    """The operators as they are."""
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """On the GPU, with the strides and the place in its storage that it has here."""
+        return storage_of(tensor).cuda().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    quantize_nf4 = staticmethod(OPS.quantize_nf4)
+    dequantize_nf4 = staticmethod(OPS.dequantize_nf4)
+    linear_nf4 = staticmethod(OPS.linear_nf4)
+
+    def dequantize_nf4_out(self, packed: Tensor, scales: Tensor, group_size: int, out: Tensor) -> None:
+        OPS.dequantize_nf4.out(packed, scales, group_size, out=out)
+
+
+class ExecutedGpu:
+    """The launchers of csrc/cuda, executed; around them, what csrc/ops does before it launches. Tensors stay here."""
+
+    def __init__(self, library: Path, **gpu: int) -> None:
+        self.library = library
+        self.gpu = Gpu(library, **gpu)
+
+    def put(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def quantize_nf4(self, weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+        w = weight if weight.stride(1) == 1 else weight.contiguous()
+        n, d = w.shape
+        self.gpu.reset()
+        packed, scales = self.gpu.memory.empty(n * d // 2), self.gpu.memory.empty(4 * n * d // group_size)
+        launcher = f"quantize_{name_of(w.dtype)}"
+        self.gpu.call(launcher, self.upload(w), n, d, w.stride(0), group_size, packed, scales)
+        return tensor_of(packed, torch.uint8, n, d // 2), tensor_of(scales, torch.float32, n, d // group_size)
+
+    def dequantize_nf4(
+        self, packed: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        out = torch.empty(packed.shape[0], packed.shape[1] * 2, dtype=dtype)
+        self.dequantize_nf4_out(packed, scales, group_size, out)
+        return out
+
+    def dequantize_nf4_out(self, packed: Tensor, scales: Tensor, group_size: int, out: Tensor) -> None:
+        self.gpu.reset()
+        skew = out.storage_offset() * out.element_size() % 256
+        buffer = self.gpu.memory.empty(out.numel() * out.element_size(), skew)
+        given = self.upload(packed.contiguous()), self.upload(scales.contiguous())
+        self.gpu.call(f"dequantize_{name_of(out.dtype)}", *given, out.numel(), group_size, buffer)
+        out.copy_(tensor_of(buffer, out.dtype, *out.shape))
+
+    def takes(self, m: int, n: int, d: int, group_size: int) -> bool:
+        """Whether the product on the packed weight itself has a kernel for these sizes."""
+        return bool(self.gpu.ask("linear_few_takes", m, n, d, group_size))
+
+    def linear_nf4(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+        (m, columns), n, d = x.shape, packed.shape[0], 2 * packed.shape[1]
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        self.gpu.reset()
+        y = self.gpu.memory.empty(m * n * x.element_size())
+        as_it_is = self.gpu.ask("linear_few_reads_x", m, group_size) and columns == d and x.is_contiguous()
+        values = self.gpu.ask("linear_few_scratch", m, d, group_size)
+        scratch = None if as_it_is and x.storage_offset() % 8 == 0 else self.gpu.memory.empty(values * x.element_size())
+        of_bias = None if bias is None else self.upload(bias)
+        same = bias is not None and bias.dtype == x.dtype
+        self.gpu.call(
+            f"linear_few_{name_of(x.dtype)}",
+            *(self.upload(x), self.upload(packed.contiguous()), self.upload(scales.contiguous())),
+            *(of_bias if same else None, None if same else of_bias, y, scratch),
+            *(m, n, d, columns, x.stride(0), group_size),
+        )
+        return tensor_of(y, x.dtype, m, n)
+
+    def upload(self, tensor: Tensor) -> Buffer | int:
+        """The tensor's whole storage; the address of its first element there. What it has no element at is no input."""
+        storage = storage_of(tensor)
+        used = np.zeros(storage.numel(), bool)
+        places = torch.arange(storage.numel()).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        used[places.reshape(-1)] = True
+        buffer = self.gpu.memory.upload(bits(storage), readable=used.repeat(tensor.element_size()))
+        return buffer.address + tensor.storage_offset() * tensor.element_size()
+
+
+def storage_of(tensor: Tensor) -> Tensor:
+    """All elements of the tensor's storage, in a row."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def bits(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().view(INTEGERS[tensor.element_size()]).numpy()
+
+
+def tensor_of(buffer: Buffer, dtype: torch.dtype, *shape: int) -> Tensor:
+    content = buffer.bytes()
+    return torch.from_numpy(content).view(dtype).view(shape) if content.size else torch.empty(shape, dtype=dtype)
