@@ -20,8 +20,8 @@ template <typename T>
 cudaError_t dequantize(const uint8_t* packed, const float* scales, int64_t count, int64_t group_size, T* out,
                        cudaStream_t stream);
 
-// y = x W' + bias for few activations. T: nf4::BFloat16 or nf4::Float16. Sums are of float32, in an order that depends
-// on the sizes and the GPU alone, and are rounded once. packed is aligned to 16 bytes.
+// y = x W' + bias for few activations. Sums are of float32, in an order that depends on the sizes and the GPU alone,
+// and are rounded once.
 template <typename T>
 struct FewActivations {
   const T* x;             // m rows of x_columns values, x_stride apart; what is missing up to d counts as zero
@@ -30,10 +30,12 @@ struct FewActivations {
   const T* bias;          // n values or null; one of the two at most
   const float* bias32;    // the same in float32
   T* y;                   // (m, n)
-  void* scratch;          // linear_few_scratch() values of T, aligned to 16 bytes. Null if linear_few_reads_x(), x is
-                          // contiguous and aligned to 16 bytes, and x_columns is d: saves a launch
+  void* scratch;          // of linear_few: linear_few_scratch() values of T, aligned to 16 bytes. Null if
+                          // linear_few_reads_x(), x is contiguous and aligned to 16 bytes, and x_columns is d
   int64_t m, n, d, x_columns, x_stride, group_size;
 };
+
+// On tensor cores. T: nf4::BFloat16 or nf4::Float16. packed is aligned to 16 bytes.
 template <typename T>
 cudaError_t linear_few(const FewActivations<T>& call, cudaStream_t stream);
 
@@ -41,6 +43,12 @@ cudaError_t linear_few(const FewActivations<T>& call, cudaStream_t stream);
 bool linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size);
 bool linear_few_reads_x(int64_t m, int64_t group_size);
 int64_t linear_few_scratch(int64_t m, int64_t d, int64_t group_size);
+
+// Without tensor cores, for any group size. T: float, nf4::BFloat16 or nf4::Float16.
+constexpr int kMostPlainActivations = 8;
+constexpr int64_t kMostPlainColumns = int64_t{1} << 26;  // so that 32 rows have fewer than 2^32 values
+template <typename T>
+cudaError_t linear_plain(const FewActivations<T>& call, cudaStream_t stream);
 
 int multiprocessors();  // of the current device
 

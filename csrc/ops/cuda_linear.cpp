@@ -1,6 +1,6 @@
-// linear_nf4 and its gradient on CUDA. A few activations of 16 bits are multiplied on the packed weight, where the
-// shape allows (multiply_few). Otherwise tiles of the weight are decoded into scratch of bounded size, and ATen
-// multiplies.
+// linear_nf4 and its gradient on CUDA. Few activations are multiplied on the packed weight (multiply_few): on tensor
+// cores where type and shape allow, else, if they are very few, without. Otherwise tiles of the weight are decoded into
+// scratch of bounded size, and ATen multiplies.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -10,9 +10,12 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <type_traits>
+
 #include "csrc/cuda/kernels.h"
 #include "csrc/ops/checks.h"
 #include "csrc/ops/cuda_rows.h"
+#include "csrc/ops/storage_types.h"
 #include "csrc/ops/weight_tiles.h"
 
 namespace squish::ops {
@@ -43,20 +46,24 @@ const T* data_of(const Tensor& tensor) {
   return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
 }
 
-// The product on the packed weight itself, for few activations of 16 bits. False if no kernel takes these arguments.
+// The product on the packed weight itself, for few activations. False if no kernel takes these arguments.
 bool multiply_few(const Tensor& rows, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
                   int64_t group_size, const Tensor& y) {
   const int64_t m = rows.size(0), n = packed.size(0), d = packed.size(1) * 2;
-  if (rows.scalar_type() == at::kFloat || !is_aligned(packed, 16)) return false;
-  if (!cuda::linear_few_takes(m, n, d, group_size)) return false;
+  const bool tensor_cores =
+      rows.scalar_type() != at::kFloat && is_aligned(packed, 16) && cuda::linear_few_takes(m, n, d, group_size);
+  if (!tensor_cores && (m > cuda::kMostPlainActivations || d > cuda::kMostPlainColumns)) return false;
   const Tensor x = rows.stride(1) == 1 ? rows : rows.contiguous();
-  const bool as_it_is =
-      cuda::linear_few_reads_x(m, group_size) && x.size(1) == d && x.is_contiguous() && is_aligned(x, 16);
-  const Tensor scratch = as_it_is ? Tensor() : at::empty({cuda::linear_few_scratch(m, d, group_size)}, x.options());
+  Tensor scratch;
+  if (tensor_cores) {
+    const bool as_it_is =
+        cuda::linear_few_reads_x(m, group_size) && x.size(1) == d && x.is_contiguous() && is_aligned(x, 16);
+    if (!as_it_is) scratch = at::empty({cuda::linear_few_scratch(m, d, group_size)}, x.options());
+  }
   const Tensor any_bias = is_given(bias) ? bias->contiguous() : Tensor();
   const bool same = any_bias.defined() && any_bias.scalar_type() == x.scalar_type();
   const Tensor bias32 = any_bias.defined() && !same ? any_bias.to(at::kFloat) : Tensor();
-  const auto launch = [&](auto zero) {
+  with_storage_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const cuda::FewActivations<T> call{.x = data_of<T>(x),
                                        .packed = packed.const_data_ptr<uint8_t>(),
@@ -64,20 +71,22 @@ bool multiply_few(const Tensor& rows, const Tensor& packed, const Tensor& scales
                                        .bias = same ? data_of<T>(any_bias) : nullptr,
                                        .bias32 = data_of<float>(bias32),
                                        .y = static_cast<T*>(y.mutable_data_ptr()),
-                                       .scratch = as_it_is ? nullptr : scratch.mutable_data_ptr(),
+                                       .scratch = scratch.defined() ? scratch.mutable_data_ptr() : nullptr,
                                        .m = m,
                                        .n = n,
                                        .d = d,
                                        .x_columns = x.size(1),
                                        .x_stride = x.stride(0),
                                        .group_size = group_size};
-    C10_CUDA_CHECK(cuda::linear_few(call, c10::cuda::getCurrentCUDAStream().stream()));
-  };
-  if (x.scalar_type() == at::kBFloat16) {
-    launch(nf4::BFloat16{});
-  } else {
-    launch(nf4::Float16{});
-  }
+    const auto stream = c10::cuda::getCurrentCUDAStream().stream();
+    if constexpr (!std::is_same_v<T, float>) {
+      if (tensor_cores) {
+        C10_CUDA_CHECK(cuda::linear_few(call, stream));
+        return;
+      }
+    }
+    C10_CUDA_CHECK(cuda::linear_plain(call, stream));
+  });
   return true;
 }
 

@@ -50,10 +50,10 @@ def dequantize(d: int, group_size: int, dtype: torch.dtype) -> Check:
     return check
 
 
-def linear(d: int, group_size: int, m: int = 3, width: int = 0) -> Check:
+def linear(d: int, group_size: int, m: int = 3, width: int = 0, dtype: torch.dtype = torch.bfloat16) -> Check:
     def check(gpu: ExecutedGpu) -> None:
         packed, scales = inputs.packed_weight(40, d, group_size)
-        x, bias = inputs.normal(m, width or d, seed=9).bfloat16(), inputs.normal(40, seed=10).bfloat16()
+        x, bias = inputs.normal(m, width or d, seed=9).to(dtype), inputs.normal(40, seed=10).to(dtype)
         weight = OPS.dequantize_nf4(packed, scales, group_size)[:, : width or d]
         assert_product(gpu.linear_nf4(x, packed, scales, bias, group_size), x, weight.t(), bias, "")
 
@@ -174,6 +174,30 @@ MUTANTS = {
         "total += nf4::to_float(bias[row]);",
         "total += 2 * nf4::to_float(bias[row]);",
         linear(256, 64),
+    ),
+    "no barrier between two stretches of x": Mutant(
+        "linear_plain",
+        "__syncthreads();  // the stretch before is done with",
+        "",
+        linear(1024, 64, dtype=torch.float32),
+    ),
+    "a stretch that is read before it is there": Mutant(
+        "linear_plain",
+        "    __syncthreads();\n    const int columns",
+        "    const int columns",
+        linear(512, 64, dtype=torch.float32),
+    ),
+    "scales of the first half of a byte for both": Mutant(
+        "linear_plain",
+        "scales[scales_at[r] + (column + 1) / group_size]",
+        "scales[scales_at[r] + column / group_size]",
+        linear(60, 3),
+    ),
+    "a row past the last one": Mutant(
+        "linear_plain",
+        "a < call.m && row <= last_row",
+        "a < call.m && row <= last_row + 1",
+        linear(64, 8),
     ),
     "a column past the end of x": Mutant(
         "linear_small_m",

@@ -128,10 +128,10 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     return squish::cuda::dequantize(static_cast<const uint8_t*>(packed), static_cast<const float*>(scales), count, \
                                     group_size, static_cast<T*>(out), nullptr);                                    \
   }
-#define LINEAR_FEW(name, T)                                                                                           \
+#define LINEAR(name, function, T)                                                                                     \
   int name(const void* x, const void* packed, const void* scales, const void* bias, const void* bias32, void* y,      \
            void* scratch, int64_t m, int64_t n, int64_t d, int64_t x_columns, int64_t x_stride, int64_t group_size) { \
-    return squish::cuda::linear_few(                                                                                  \
+    return squish::cuda::function(                                                                                    \
         squish::cuda::FewActivations<T>{static_cast<const T*>(x), static_cast<const uint8_t*>(packed),                \
                                         static_cast<const float*>(scales), static_cast<const T*>(bias),               \
                                         static_cast<const float*>(bias32), static_cast<T*>(y), scratch, m, n, d,      \
@@ -146,8 +146,11 @@ QUANTIZE(quantize_float16, squish::nf4::Float16)
 DEQUANTIZE(dequantize_float32, float)
 DEQUANTIZE(dequantize_bfloat16, squish::nf4::BFloat16)
 DEQUANTIZE(dequantize_float16, squish::nf4::Float16)
-LINEAR_FEW(linear_few_bfloat16, squish::nf4::BFloat16)
-LINEAR_FEW(linear_few_float16, squish::nf4::Float16)
+LINEAR(linear_few_bfloat16, linear_few, squish::nf4::BFloat16)
+LINEAR(linear_few_float16, linear_few, squish::nf4::Float16)
+LINEAR(linear_plain_float32, linear_plain, float)
+LINEAR(linear_plain_bfloat16, linear_plain, squish::nf4::BFloat16)
+LINEAR(linear_plain_float16, linear_plain, squish::nf4::Float16)
 
 int linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size) {
   return squish::cuda::linear_few_takes(m, n, d, group_size);

@@ -137,6 +137,10 @@ def measure(built: Mapping[str, Function]) -> dict[str, Count]:
         loop = kernel.loop("HMMA")
         weights = count(loop, "HMMA") / tiles * 8  # each is of 16 x 16 weights, for 32 lanes
         counts[f"linear, {tiles} tiles{', arranged' if arranged == 'true' else ''}"] = kernel.count(loop, weights)
+    for activations in (1, 8):
+        kernel = built[f"multiply_plain<{activations}, true, float>"]
+        # Of a stretch a lane takes two words of eight columns in four rows.
+        counts[f"linear without tensor cores, {activations}"] = kernel.count(kernel.loop("FFMA"), 2 * 8 * 4)
     return counts
 
 

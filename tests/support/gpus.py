@@ -77,14 +77,16 @@ class ExecutedGpu:
         if x.stride(1) != 1:
             x = x.contiguous()
         self.gpu.reset()
-        y = self.gpu.memory.empty(m * n * x.element_size())
-        as_it_is = self.gpu.ask("linear_few_reads_x", m, group_size) and columns == d and x.is_contiguous()
-        values = self.gpu.ask("linear_few_scratch", m, d, group_size)
-        scratch = None if as_it_is and x.storage_offset() % 8 == 0 else self.gpu.memory.empty(values * x.element_size())
+        y, scratch = self.gpu.memory.empty(m * n * x.element_size()), None
+        tensor_cores = x.dtype != torch.float32 and self.takes(m, n, d, group_size)
+        if tensor_cores:
+            as_it_is = self.gpu.ask("linear_few_reads_x", m, group_size) and columns == d and x.is_contiguous()
+            if not as_it_is or x.storage_offset() % 8 != 0:
+                scratch = self.gpu.memory.empty(self.gpu.ask("linear_few_scratch", m, d, group_size) * x.element_size())
         of_bias = None if bias is None else self.upload(bias)
         same = bias is not None and bias.dtype == x.dtype
         self.gpu.call(
-            f"linear_few_{name_of(x.dtype)}",
+            f"linear_{'few' if tensor_cores else 'plain'}_{name_of(x.dtype)}",
             *(self.upload(x), self.upload(packed.contiguous()), self.upload(scales.contiguous())),
             *(of_bias if same else None, None if same else of_bias, y, scratch),
             *(m, n, d, columns, x.stride(0), group_size),
