@@ -27,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+BYTES = ("arithmetic", "quantize", "dequantize", "survey")  # of tests/cuda
 TAIL = 1500  # characters of a stage's output that are kept if it fails
 
 
@@ -70,9 +71,7 @@ def stages(output: Path, dry: bool) -> list[Stage]:
     build = {"SQUISH_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture(), "MAX_JOBS": str(os.cpu_count() or 1)}
     return [
         Stage("build", [python, "setup.py", "build_ext", "--inplace"], 150, environment=build),
-        pytest(
-            "bytes", *(f"tests/cuda/test_{name}.py" for name in ("arithmetic", "quantize", "dequantize")), limit=120
-        ),
+        pytest("bytes", *map("tests/cuda/test_{}.py".format, BYTES), limit=120),
         pytest("linear", "tests/cuda/test_linear.py", "tests/cuda/test_fused_linear.py", limit=120),
         pytest("streams and graphs", "tests/cuda/test_streams_and_graphs.py", limit=120),
         Stage("memcheck", sanitizer("memcheck", this), 90, tool="compute-sanitizer"),

@@ -60,6 +60,12 @@ def linear(d: int, group_size: int, m: int = 3, width: int = 0, dtype: torch.dty
     return check
 
 
+def survey(gpu: ExecutedGpu) -> None:
+    w = inputs.normal(9, 600).float()
+    packed, scales = OPS.quantize_nf4(w, 50)
+    assert_same_bits(gpu.survey_nf4(w, packed, scales, 50), OPS._survey_nf4(w, packed, scales, 50), "")
+
+
 def quantize_beyond_32_bits(gpu: ExecutedGpu) -> None:
     """The last 4096 of 2^31 + 4096 weights."""
     d, group_size, tail = 2**31 + 4096, 64, 4096
@@ -198,6 +204,18 @@ MUTANTS = {
         "a < call.m && row <= last_row",
         "a < call.m && row <= last_row + 1",
         linear(64, 8),
+    ),
+    "sums that are added in another order": Mutant(
+        "survey",
+        "own, lane, kLanes)",
+        "own, kLanes - 1 - lane, kLanes)",
+        survey,
+    ),
+    "rows past the end that are read": Mutant(
+        "survey",
+        "row = min(wanted, n - 1)",
+        "row = wanted",
+        survey,
     ),
     "a column past the end of x": Mutant(
         "linear_small_m",

@@ -128,6 +128,13 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     return squish::cuda::dequantize(static_cast<const uint8_t*>(packed), static_cast<const float*>(scales), count, \
                                     group_size, static_cast<T*>(out), nullptr);                                    \
   }
+#define SURVEY(name, T)                                                                                              \
+  int name(const void* w, int64_t n, int64_t d, int64_t row_stride, const void* packed, const void* scales,          \
+           int64_t row_bytes, int64_t group_size, void* out) {                                                       \
+    return squish::cuda::survey(static_cast<const T*>(w), n, d, row_stride, static_cast<const uint8_t*>(packed),     \
+                                static_cast<const float*>(scales), row_bytes, group_size, static_cast<double*>(out), \
+                                nullptr);                                                                            \
+  }
 #define LINEAR(name, function, T)                                                                                     \
   int name(const void* x, const void* packed, const void* scales, const void* bias, const void* bias32, void* y,      \
            void* scratch, int64_t m, int64_t n, int64_t d, int64_t x_columns, int64_t x_stride, int64_t group_size) { \
@@ -146,6 +153,10 @@ QUANTIZE(quantize_float16, squish::nf4::Float16)
 DEQUANTIZE(dequantize_float32, float)
 DEQUANTIZE(dequantize_bfloat16, squish::nf4::BFloat16)
 DEQUANTIZE(dequantize_float16, squish::nf4::Float16)
+SURVEY(survey_float32, float)
+SURVEY(survey_float64, double)
+SURVEY(survey_bfloat16, squish::nf4::BFloat16)
+SURVEY(survey_float16, squish::nf4::Float16)
 LINEAR(linear_few_bfloat16, linear_few, squish::nf4::BFloat16)
 LINEAR(linear_few_float16, linear_few, squish::nf4::Float16)
 LINEAR(linear_plain_float32, linear_plain, float)

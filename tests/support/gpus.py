@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import squish_nf4  # noqa: F401  it registers the operators
 from tests.support.ptx.host import Gpu
 from tests.support.ptx.memory import Buffer
 
@@ -29,6 +30,7 @@ class RealGpu:
     quantize_nf4 = staticmethod(OPS.quantize_nf4)
     dequantize_nf4 = staticmethod(OPS.dequantize_nf4)
     linear_nf4 = staticmethod(OPS.linear_nf4)
+    survey_nf4 = staticmethod(OPS._survey_nf4)
 
     def dequantize_nf4_out(self, packed: Tensor, scales: Tensor, group_size: int, out: Tensor) -> None:
         OPS.dequantize_nf4.out(packed, scales, group_size, out=out)
@@ -67,6 +69,15 @@ class ExecutedGpu:
         given = self.upload(packed.contiguous()), self.upload(scales.contiguous())
         self.gpu.call(f"dequantize_{name_of(out.dtype)}", *given, out.numel(), group_size, buffer)
         out.copy_(tensor_of(buffer, out.dtype, *out.shape))
+
+    def survey_nf4(self, weight: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
+        w = weight if weight.stride(1) == 1 else weight.contiguous()
+        (n, d), row_bytes = w.shape, packed.shape[1]
+        out = self.gpu.reset().empty(32 * n)
+        given = self.upload(packed.contiguous()), self.upload(scales.contiguous())
+        launcher = f"survey_{name_of(w.dtype)}"
+        self.gpu.call(launcher, self.upload(w), n, d, w.stride(0), *given, row_bytes, group_size, out)
+        return tensor_of(out, torch.float64, n, 4)
 
     def takes(self, m: int, n: int, d: int, group_size: int) -> bool:
         """Whether the product on the packed weight itself has a kernel for these sizes."""
