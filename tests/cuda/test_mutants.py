@@ -15,7 +15,7 @@ from tests.support import cuda_inputs as inputs
 from tests.support.cuda_inputs import assert_same_bits
 from tests.support.gpus import ExecutedGpu
 from tests.support.products import assert_product
-from tests.support.ptx.host import compile_kernels
+from tests.support.ptx.host import compile_mutant
 from tests.support.ptx.memory import KernelError
 
 OPS = torch.ops.squish
@@ -236,11 +236,8 @@ def test_a_mutant_is_found(executed: ExecutedGpu, name: str, tmp_path: Path) -> 
     mutant = MUTANTS[name]
     source = (ROOT / "csrc" / "cuda" / f"{mutant.file}.cu").read_text()
     assert source.count(mutant.was) == 1, "the mutant has to be written anew: the kernel has changed"
-    folder = tmp_path / "csrc" / "cuda"
-    folder.mkdir(parents=True)
-    (folder / f"{mutant.file}.cu").write_text(source.replace(mutant.was, mutant.becomes))
-    (tmp_path / "built").mkdir()
-    nvcc = str(shutil.which("nvcc"))
-    library = compile_kernels(nvcc, tmp_path / "built", tmp_path, unchanged=executed.library.parent)
+    path = tmp_path / f"{mutant.file}.cu"
+    path.write_text(source.replace(mutant.was, mutant.becomes))
+    library = compile_mutant(str(shutil.which("nvcc")), path, tmp_path, executed.library)
     with pytest.raises((KernelError, AssertionError)):
         mutant.check(ExecutedGpu(library))

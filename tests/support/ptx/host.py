@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +25,10 @@ LAUNCH = ctypes.CFUNCTYPE(
 )
 
 
-def compile_kernels(
-    nvcc: str, folder: Path, root: Path = ROOT, *, capability: int = 90, unchanged: Path | None = None
-) -> Path:
-    """A library with the launchers of ``root`` in it, and beside it the PTX of every source.
-
-    unchanged: a folder of this function's where the sources that ``root`` does not hold have been compiled.
-    """
-    sources = [*sorted((root / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "native" / "cuda_host.cpp"]
-    if unchanged is not None:
-        sources.pop()
-        stems = {source.stem for source in sources}
-        for path in unchanged.iterdir():
-            if path.suffix in (".o", ".ptx") and path.stem not in stems:
-                (folder / path.name).symlink_to(path)
-    flags = [*EXACT, f"-arch=compute_{capability}", f"-I{root}", f"-I{ROOT}", "-Xcompiler=-fPIC"]
+def compile_kernels(nvcc: str, folder: Path, capability: int = 90) -> Path:
+    """A library with the launchers of csrc/cuda, and beside it the PTX of every source."""
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "native" / "cuda_host.cpp"]
+    flags = [*EXACT, f"-arch=compute_{capability}", f"-I{ROOT}", "-Xcompiler=-fPIC"]
     compilers = [
         subprocess.Popen(
             # What is kept is the PTX, among others: from the same run, for its names are of that run.
@@ -59,6 +51,33 @@ def compile_kernels(
     return library
 
 
+def compile_mutant(nvcc: str, source: Path, folder: Path, library: Path, capability: int = 90) -> Path:
+    """A copy of ``library``, beside it the PTX of all its sources but one, and of ``source`` in that one's place."""
+    for path in library.parent.glob("*.ptx"):
+        if path.stem != source.stem:
+            (folder / path.name).symlink_to(path)
+    mutant = folder / f"{source.stem}.ptx"
+    done = run([nvcc, *EXACT, f"-arch=compute_{capability}", f"-I{ROOT}", "-ptx", source, "-o", mutant])
+    if done.returncode != 0:
+        raise RuntimeError(f"nvcc does not compile a mutant:\n{done.stdout}{done.stderr}")
+    # The names that the launchers know: those of the run that compiled them.
+    known, found = (name_of_run(path.read_text()) for path in (library.parent / mutant.name, mutant))
+    mutant.write_text(mutant.read_text().replace(found, known))
+    return Path(shutil.copy(library, folder))
+
+
+def name_of_run(ptx: str) -> str:
+    """The part of every kernel's name that stands for the unnamed namespace of this file, with its length before it."""
+    match = re.search(r"(\d+)(_GLOBAL__N__)", ptx)
+    assert match is not None
+    return ptx[match.start() : match.start(2) + int(match[1])]
+
+
+@cache
+def module_of(path: Path) -> Module:
+    return parse(path.read_text())
+
+
 class Gpu:
     """Stands for a GPU: memory, and the launchers of a library that compile_kernels() made.
 
@@ -68,7 +87,7 @@ class Gpu:
     def __init__(self, library: Path, capability: int = 90, multiprocessors: int = 132) -> None:
         self._library = ctypes.CDLL(str(library))
         self._kernels: dict[str, Kernel] = {}
-        self._modules = [parse(path.read_text()) for path in sorted(library.parent.glob("*.ptx"))]
+        self._modules = [module_of(path.resolve()) for path in sorted(library.parent.glob("*.ptx"))]
         self._callback = LAUNCH(self._launch)  # kept, for C calls it
         self._fault: BaseException | None = None
         self._library.test_setup(self._callback, capability, multiprocessors)
