@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-BYTES = ("arithmetic", "quantize", "dequantize", "survey")  # of tests/cuda
+BYTES = ("arithmetic", "quantize", "dequantize", "survey", "convert")  # of tests/cuda
 TAIL = 1500  # characters of a stage's output that are kept if it fails
 
 

@@ -82,7 +82,7 @@ def linear_nf4(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None = 
 
 
 class RowSurvey(NamedTuple):
-    """What survey_nf4 says of each row, (n,) float64 each.
+    """What survey_nf4 says of each row, (n,) float64 each, on the CPU.
 
     largest, sum: of |w|. square: the squared norm of w. squared_error: that of w minus what it becomes.
     """
@@ -91,6 +91,10 @@ class RowSurvey(NamedTuple):
     sum: Tensor
     square: Tensor
     squared_error: Tensor
+
+    def rows(self, at: slice) -> RowSurvey:
+        """Of some of the rows."""
+        return RowSurvey(*(numbers[at] for numbers in self))
 
 
 def survey_nf4(w: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> RowSurvey:
@@ -101,7 +105,7 @@ def survey_nf4(w: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Ro
         packed, scales: what quantize_nf4 made of w, padded with zeros.
         group_size: columns that share a scale.
     """
-    return RowSurvey(*torch.ops.squish._survey_nf4(w, packed, scales, group_size).unbind(1))
+    return RowSurvey(*torch.ops.squish._survey_nf4(w, packed, scales, group_size).cpu().unbind(1))
 
 
 def relative_error(squared_error: float, squared_norm: float) -> float:

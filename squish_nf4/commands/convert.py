@@ -81,6 +81,9 @@ def command(
     max_ram: Annotated[
         int, typer.Option(metavar="SIZE", parser=bytes_of, help="Memory to use at most: 800MB, 1.5GiB.")
     ] = f"{DEFAULT_MAX_RAM // 2**30}GiB",  # type: ignore[assignment]  # the parser takes the default too
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to quantize: cpu, cuda, cuda:1. The bytes are the same.")
+    ] = "cpu",
     min_free_gb: Annotated[
         float, typer.Option(min=0, help="Gigabytes that stay free on the disk.")
     ] = DEFAULT_MIN_FREE_GB,
@@ -120,7 +123,7 @@ def command(
         }
         if only_plan or target is None:
             with terminal.progress_bar() as progress:
-                plan = dry_run(source, max_ram=max_ram, progress=progress, **options)
+                plan = dry_run(source, max_ram=max_ram, device=device, progress=progress, **options)
             print_convert.emit_plan(plan) if json else print_convert.print_plan(plan)
             return
         with terminal.progress_bar() as progress:
@@ -128,6 +131,7 @@ def command(
                 source,
                 target,
                 max_ram=max_ram,
+                device=device,
                 min_free_gb=min_free_gb,
                 resume=resume,
                 overwrite=overwrite,

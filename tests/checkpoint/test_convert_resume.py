@@ -17,7 +17,7 @@ import torch
 
 from squish_nf4.checkpoint.conversion.convert import UnfinishedError, convert
 from squish_nf4.checkpoint.messages import Progress
-from tests.support.directories import gaussian, is_finished, save_index, save_shard
+from tests.support.directories import contents, gaussian, is_finished, save_index, save_shard
 from tests.support.processes import start
 
 JOURNAL = "squish_nf4.journal"
@@ -48,14 +48,6 @@ def source(tmp_path: Path) -> Path:
     (directory / "more").mkdir()
     (directory / "more" / "vocab.txt").write_text("a\nb\n" * 1000)
     return directory
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """Every file's bytes but for the seconds, hidden files too."""
-    files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    stats = json.loads(files.pop("stats.json"))
-    assert stats.pop("seconds") >= 0
-    return files | {"stats.json": json.dumps(stats).encode()}
 
 
 # A process that has loaded the library, and that forks a child for every conversion. A child is killed before its line

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from squish_nf4 import _C, _build_info
-from tests.support.helpers import ForcedIsa, require
+from squish_nf4 import _C
+from tests.support.helpers import ForcedIsa
 
 OPS = torch.ops.squish
 PADDED = [(5, 61, 32), (3, 99, 50), (4, 1028, 5), (2, 3, 3), (3, 1, 64), (6, 700, 512), (2, 1030, 1024), (0, 31, 16)]
@@ -98,49 +97,6 @@ def test_meta_and_fake_tensors_have_the_shape_alone(d: int) -> None:
         fake = OPS._survey_nf4(w, packed, scales, 32)
     for survey in (on_meta, fake):
         assert (survey.shape, survey.dtype) == ((5, 4), torch.float64)
-
-
-def by_composition(w: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """What CUDA computes (csrc/ops/cuda_survey.cpp), with tensors on the CPU: a composition that asks for no device."""
-    require("nvcc", _build_info.CUDA_VERSION is not None, "the package was built for the CPU only")
-    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    return cast(Tensor, OPS._survey_nf4.default.redispatch(cuda, w, packed, scales, group_size))
-
-
-def assert_close(found: Tensor, survey: Tensor) -> None:
-    """The largest magnitude is the same; sums are added in another order."""
-    assert (found.dtype, found.shape) == (survey.dtype, survey.shape)
-    torch.testing.assert_close(found[:, 0].cpu(), survey[:, 0], rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(found.cpu(), survey, rtol=1e-13, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "d", "group_size"), [*SHAPES, *PADDED, (1500, 1024, 64)])
-def test_composition_of_cuda_says_the_same(n: int, d: int, group_size: int, dtype: torch.dtype) -> None:
-    w = weight(n, d, dtype)
-    if n > 2 and d > 2:
-        w[0, 1], w[2, 2] = math.nan, math.inf
-    packed, scales = OPS.quantize_nf4(padded(w, group_size), group_size)
-    arguments = w, packed, scales, group_size
-    assert_close(by_composition(*arguments), OPS._survey_nf4(*arguments))
-
-
-def test_composition_of_cuda_takes_some_rows_at_a_time() -> None:
-    w = weight(64, 65536, torch.float32)  # 192 MiB if all of it were held at once
-    packed, scales = OPS.quantize_nf4(w, 64)
-    arguments = w, packed, scales, 64
-    assert_close(by_composition(*arguments), OPS._survey_nf4(*arguments))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_gpu_says_the_same(dtype: torch.dtype) -> None:
-    require("cuda", torch.cuda.is_available() and _build_info.CUDA_VERSION is not None, "no GPU, or a CPU build")
-    for n, d, group_size in [*SHAPES, *PADDED]:
-        w = weight(n, d, dtype)
-        packed, scales = OPS.quantize_nf4(padded(w, group_size), group_size)
-        on_gpu = OPS._survey_nf4(w.cuda(), packed.cuda(), scales.cuda(), group_size)
-        assert on_gpu.is_cuda
-        assert_close(on_gpu, OPS._survey_nf4(w, packed, scales, group_size))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

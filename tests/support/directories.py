@@ -105,6 +105,14 @@ def write_small_dir(path: Path) -> Path:
     return write_foreign_dir(path, arrays, MANIFEST)
 
 
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file's bytes but for the seconds, hidden files too."""
+    files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    stats = json.loads(files.pop("stats.json"))
+    assert stats.pop("seconds") >= 0
+    return files | {"stats.json": json.dumps(stats).encode()}
+
+
 def is_finished(path: Path) -> bool:
     return (path / "tensors" / ".manifest_ready").exists()
 

@@ -18,6 +18,7 @@ import torch
 
 from squish_nf4.checkpoint.conversion import recovery
 from squish_nf4.checkpoint.conversion.budget import DEFAULT_MAX_RAM, share_out
+from squish_nf4.checkpoint.conversion.devices import device_named
 from squish_nf4.checkpoint.conversion.journal import Journal, header_of
 from squish_nf4.checkpoint.conversion.options import ConvertOptions
 from squish_nf4.checkpoint.conversion.output import Output
@@ -50,6 +51,7 @@ def convert(
     dst: str | os.PathLike[str],
     *,
     max_ram: int = DEFAULT_MAX_RAM,
+    device: str | torch.device = "cpu",
     min_free_gb: float = DEFAULT_MIN_FREE_GB,
     resume: bool = False,
     overwrite: bool = False,
@@ -65,6 +67,7 @@ def convert(
             (config, tokenizer, ...) are copied along.
         dst: a new or empty directory, outside src.
         max_ram: bytes of anonymous memory to hold at most, beyond the interpreter and the libraries.
+        device: where to quantize: "cpu", "cuda" or "cuda:N". The bytes are the same.
         min_free_gb: gigabytes (10^9 bytes) to leave free on the disk.
         resume: go on with an unfinished conversion in dst, if there is one.
         overwrite: replace an earlier conversion in dst, finished or not.
@@ -81,14 +84,16 @@ def convert(
         FileNotFoundError: src or a shard of it is missing.
         FileExistsError: dst is not empty, and what it holds is not what resume or overwrite is for.
         TypeError: there is no such option.
-        ValueError: a damaged source, a weight that is not finite, a name that cannot be a file name or collides with
-            another, a source or an option that is not what an unfinished conversion was begun with.
-        OSError: the disk has no room, or fails; UnfinishedError once writing has begun. Then the text of an error, and
-            of a KeyboardInterrupt, says what is left.
+        ValueError: a damaged source, a device that is not there, a weight that is not finite, a name that cannot be a
+            file name or collides with another, a source or an option that is not what an unfinished conversion was
+            begun with.
+        OSError: the disk or the GPU has no room, or fails; UnfinishedError once writing has begun. Then the text of an
+            error, and of a KeyboardInterrupt, says what is left.
     """
     started = time.perf_counter()
     src, dst = Path(src), Path(dst)
     chosen = ConvertOptions.named(convert, options)
+    where = device_named(device)
     refuse_inside(src, dst)
     if chosen.ultra:
         compressor()
@@ -101,7 +106,7 @@ def convert(
         budget = share_out(max_ram, plan.longest_row, torch.get_num_threads())
         done = {fact["tensor"] for fact in journal.facts if "tensor" in fact} if journal else ()
         require_room(dst, plan.bytes_taken(delete_source, done) - recovery.bytes_freed(dst, overwrite), min_free_gb)
-        workers = Workers(stack.enter_context(ThreadPoolExecutor(budget.workers)), budget)
+        workers = Workers(stack.enter_context(ThreadPoolExecutor(budget.workers)), budget, where)
         if delete_source:
             refuse_links(plan.source.shards)
             refuse_values_before_removing(plan, workers)
@@ -142,13 +147,14 @@ def dry_run(
     src: str | os.PathLike[str],
     *,
     max_ram: int = DEFAULT_MAX_RAM,
+    device: str | torch.device = "cpu",
     progress: Callable[[Progress], None] | None = None,
     **options: Any,
 ) -> ConvertPlan:
     """What convert would do, exactly: every value is looked at, and nothing is written.
 
     Args:
-        src, max_ram, progress, options: as for convert.
+        src, max_ram, device, progress, options: as for convert.
 
     Returns:
         The plan of a conversion, every tensor decided.
@@ -156,10 +162,12 @@ def dry_run(
     Raises:
         FileNotFoundError, TypeError, ValueError: as convert would.
     """
-    plan = make_plan(Path(src), ConvertOptions.named(dry_run, options))
+    chosen = ConvertOptions.named(dry_run, options)
+    where = device_named(device)
+    plan = make_plan(Path(src), chosen)
     budget = share_out(max_ram, plan.longest_row, torch.get_num_threads())
     with ThreadPoolExecutor(budget.workers) as pool:
-        return look_at_values(plan, Workers(pool, budget), progress or (lambda _: None))
+        return look_at_values(plan, Workers(pool, budget, where), progress or (lambda _: None))
 
 
 def refuse_inside(src: Path, dst: Path) -> None:

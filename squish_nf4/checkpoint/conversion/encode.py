@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from squish_nf4.checkpoint.conversion.devices import CPU, memory_of, moved
 from squish_nf4.checkpoint.conversion.options import ConvertOptions, Limits
 from squish_nf4.checkpoint.messages import shorten
 from squish_nf4.checkpoint.values import BLOCK, WIDENED, Array, dtype_name, row_slices, smallest_lossless, to_numpy
@@ -23,6 +24,7 @@ from squish_nf4.layout import pick_group_size
 from squish_nf4.ops import RowSurvey, relative_error, survey_nf4
 
 Kind = Literal["nf4", "kept"]
+Look = tuple[Tensor, Tensor, RowSurvey]  # packed, scales, and of each row
 
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
@@ -109,27 +111,49 @@ def group_size_for(d: int, wanted: int | None) -> int:
     return wanted if wanted and d % wanted == 0 else pick_group_size(d)
 
 
-def encode_rows(name: str, first_row: int, w: Tensor, group_size: int, limits: Limits) -> EncodedRows:
-    """w (rows, d) in NF4, unless a value among them speaks against it.
+def encode_rows(
+    name: str, first_row: int, w: Tensor, group_size: int, limits: Limits, device: torch.device = CPU
+) -> EncodedRows:
+    """w (rows, d), on the CPU, in NF4, unless a value among them speaks against it. What comes out is on the CPU, too.
 
     Raises:
         ValueError: a weight is NaN or infinite. first_row and name are for the message.
+        OSError: the device has no memory left.
     """
     rows, d = w.shape
     packed = np.empty((rows, d // 2), dtype=np.uint8)
     scales = np.empty((rows, d // group_size), dtype=np.float32)
     survey = Survey()
     squares: list[tuple[float, float]] = []
-    for at, block in blocks(w):
-        values = block if block.dtype in OPERATORS_TAKE else block.float()
-        # The bare operators: what is not finite is found below, and the threads have better things to do than to check.
-        block_packed, block_scales = torch.ops.squish.quantize_nf4(values, group_size)
+    for at, (block_packed, block_scales, found) in looks(w, group_size, device):
         packed[at], scales[at] = block_packed.numpy(), block_scales.numpy()
-        found = survey_nf4(values, block_packed, block_scales, group_size)
-        survey = survey.joined(survey_of(name, first_row + at.start, block, found))
+        survey = survey.joined(survey_of(name, first_row + at.start, w[at], found))
         squares.append((float(found.squared_error.numpy().sum()), float(found.square.numpy().sum())))
     fits = survey.reason_to_keep(limits) is None
     return EncodedRows(survey, packed if fits else None, scales if fits else None, squares)
+
+
+def looks(w: Tensor, group_size: int, device: torch.device) -> Iterator[tuple[slice, Look]]:
+    """(place, what is there) of each block of rows. A CPU takes them one by one, in its cache; a GPU all at once."""
+    if device.type == "cpu":
+        for at, block in blocks(w):
+            yield at, look(block, group_size)
+        return
+    with memory_of(device):
+        packed, scales, found = look(moved(w, device), group_size)
+        packed, scales = packed.cpu(), scales.cpu()
+    for at, _ in blocks(w):
+        yield at, (packed[at], scales[at], found.rows(at))
+
+
+def look(w: Tensor, group_size: int) -> Look:
+    """w in NF4, and what its rows say, where w is.
+
+    By the bare operator: what is not finite is found in the survey.
+    """
+    values = w if w.dtype in OPERATORS_TAKE else w.float()
+    packed, scales = torch.ops.squish.quantize_nf4(values, group_size)
+    return packed, scales, survey_nf4(values, packed, scales, group_size)
 
 
 def survey_of(name: str, first_row: int, w: Tensor, rows: RowSurvey) -> Survey:

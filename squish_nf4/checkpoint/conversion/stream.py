@@ -12,8 +12,10 @@ from itertools import islice
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from squish_nf4.checkpoint.conversion.budget import Budget
+from squish_nf4.checkpoint.conversion.devices import CPU
 from squish_nf4.checkpoint.conversion.encode import EncodedRows, KeptValues, Survey, encode_rows, error_of_blocks
 from squish_nf4.checkpoint.conversion.plan import INT64, ConvertPlan, Planned, Stretch, decide
 from squish_nf4.checkpoint.conversion.report import TensorReport
@@ -28,10 +30,11 @@ Look = TypeVar("Look", EncodedRows, KeptValues)
 
 @dataclass(frozen=True)
 class Workers:
-    """The threads that read and encode, and how much of that the memory allows."""
+    """The threads that read and encode, how much of that the memory allows, and where they quantize."""
 
     pool: Executor
     budget: Budget
+    device: torch.device = CPU
 
     def stretches(self, planned: Planned) -> list[Stretch]:
         return planned.stretches(self.budget.stretch)
@@ -57,20 +60,20 @@ class Workers:
 # --- what a thread does with one stretch ------------------------------------------------------------------------------
 
 
-def look_at(planned: Planned, stretch: Stretch) -> EncodedRows | KeptValues:
+def look_at(device: torch.device, planned: Planned, stretch: Stretch) -> EncodedRows | KeptValues:
     """Encodes the stretch if its tensor is to go to NF4, else asks which dtype keeps it."""
     if planned.group_size is None:
         return look_at_kept(planned, stretch)
-    return encode_stretch(planned, planned.group_size, stretch)
+    return encode_stretch(device, planned, planned.group_size, stretch)
 
 
-def encode_stretch(planned: Planned, group_size: int, stretch: Stretch) -> EncodedRows:
+def encode_stretch(device: torch.device, planned: Planned, group_size: int, stretch: Stretch) -> EncodedRows:
     w = read_values(planned.entry, *stretch).view(-1, planned.columns)
-    return encode_rows(planned.entry.name, stretch[0] // planned.columns, w, group_size, planned.limits)
+    return encode_rows(planned.entry.name, stretch[0] // planned.columns, w, group_size, planned.limits, device)
 
 
-def survey_stretch(planned: Planned, group_size: int, stretch: Stretch) -> Survey:
-    return encode_stretch(planned, group_size, stretch).survey
+def survey_stretch(device: torch.device, planned: Planned, group_size: int, stretch: Stretch) -> Survey:
+    return encode_stretch(device, planned, group_size, stretch).survey
 
 
 def look_at_kept(planned: Planned, stretch: Stretch) -> KeptValues:
@@ -97,7 +100,8 @@ def stream(
         new_files: makes the files of a key.
         announce: called with the bytes that were read of a tensor as each stretch of it is waited for.
     """
-    tasks = (partial(look_at, planned, stretch) for planned in plan for stretch in workers.stretches(planned))
+    look = partial(look_at, workers.device)
+    tasks = (partial(look, planned, stretch) for planned in plan for stretch in workers.stretches(planned))
     with closing(workers.in_order(tasks)) as looks:
         for planned in plan:
             files = new_files(planned.key)
@@ -208,5 +212,5 @@ def look_at_values(plan: ConvertPlan, workers: Workers, progress: Callable[[Prog
 
 def surveys(planned: Planned, workers: Workers) -> Iterator[Survey]:
     if planned.group_size is not None:
-        look = partial(survey_stretch, planned, planned.group_size)
+        look = partial(survey_stretch, workers.device, planned, planned.group_size)
         yield from workers.in_order(partial(look, stretch) for stretch in workers.stretches(planned))
