@@ -50,8 +50,10 @@ bool linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size);
 bool linear_few_reads_x(int64_t m, int64_t group_size);
 int64_t linear_few_scratch(int64_t m, int64_t d, int64_t group_size);
 
-// Without tensor cores, for any group size. T: float, nf4::BFloat16 or nf4::Float16.
-constexpr int kMostPlainActivations = 8;
+// Without tensor cores, for any group size. T: float, nf4::BFloat16 or nf4::Float16. Up to kMostPlainActivations it
+// does less work than to decode the weight and to multiply with that.
+template <typename T>
+constexpr int kMostPlainActivations = sizeof(T) == 4 ? 32 : 16;
 constexpr int64_t kMostPlainColumns = int64_t{1} << 26;  // so that 32 rows have fewer than 2^32 values
 template <typename T>
 cudaError_t linear_plain(const FewActivations<T>& call, cudaStream_t stream);

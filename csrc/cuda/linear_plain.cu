@@ -42,13 +42,13 @@ __device__ inline LevelPair pair_of(const LevelPair* table, uint32_t word, int k
 }
 
 template <typename T>
-__device__ inline void store_sum(const FewActivations<T>& call, int activation, int64_t row, float sum) {
+__device__ inline void store_sum(const FewActivations<T>& call, int64_t activation, int64_t row, float sum) {
   if (call.bias) sum += nf4::to_float(call.bias[row]);
   if (call.bias32) sum += call.bias32[row];
   call.y[activation * call.n + row] = nf4::from_float<T>(sum);
 }
 
-// kM: activations, of which the last may be missing. kByWords: groups are whole words, which are aligned.
+// A block takes kM activations, of which the last may be missing. kByWords: groups are whole words, which are aligned.
 template <int kM, bool kByWords, typename T>
 __global__ void __launch_bounds__(kWarps* kWarp) multiply_plain(FewActivations<T> call) {
   __shared__ LevelPair table[256 * kCopies];
@@ -58,6 +58,9 @@ __global__ void __launch_bounds__(kWarps* kWarp) multiply_plain(FewActivations<T
     const int byte = i / kCopies;
     table[i] = {codebook.level[nf4::even_index(byte)], codebook.level[nf4::odd_index(byte)]};
   }
+  const int64_t first_activation = blockIdx.y * int64_t{kM};
+  const int activations = static_cast<int>(min(call.m - first_activation, int64_t{kM}));
+  const T* x_rows = call.x + first_activation * call.x_stride;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t lane_offset = lane % kCopies * sizeof(LevelPair);
   const int64_t block_row = blockIdx.x * int64_t{kBlockRows};
@@ -79,9 +82,9 @@ __global__ void __launch_bounds__(kWarps* kWarp) multiply_plain(FewActivations<T
     __syncthreads();  // the stretch before is done with
     for (int i = threadIdx.x; i < kM * kStretch; i += blockDim.x) {
       const int activation = i / kStretch, c = i % kStretch;
-      const bool is_there = activation < call.m && first + c < call.x_columns;
+      const bool is_there = activation < activations && first + c < call.x_columns;
       of_x[activation * kStretch + place_of(c)] =
-          is_there ? nf4::to_float(call.x[activation * call.x_stride + first + c]) : 0.0f;
+          is_there ? nf4::to_float(x_rows[activation * call.x_stride + first + c]) : 0.0f;
     }
     __syncthreads();
     const int columns = min(d - first, kStretch);
@@ -152,14 +155,16 @@ __global__ void __launch_bounds__(kWarps* kWarp) multiply_plain(FewActivations<T
       float total = sum[r][a];
       for (int offset = kWarp / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(kWholeWarp, total, offset);
       const int row = warp * kRows + r;
-      if (lane == 0 && a < call.m && row <= last_row) store_sum(call, a, block_row + row, total);
+      if (lane == 0 && a < activations && row <= last_row)
+        store_sum(call, first_activation + a, block_row + row, total);
     }
   }
 }
 
 template <int kM, typename T>
 cudaError_t launch(const FewActivations<T>& call, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((call.n + kBlockRows - 1) / kBlockRows);
+  const dim3 blocks(static_cast<unsigned>((call.n + kBlockRows - 1) / kBlockRows),
+                    static_cast<unsigned>((call.m + kM - 1) / kM));
   const bool by_words = call.group_size % kWordColumns == 0 && is_aligned<uint32_t>(call.packed);
   const auto kernel = by_words ? multiply_plain<kM, true, T> : multiply_plain<kM, false, T>;
   kernel<<<blocks, kWarps * kWarp, 0, stream>>>(call);
@@ -173,7 +178,7 @@ cudaError_t linear_plain(const FewActivations<T>& call, cudaStream_t stream) {
   if (call.m <= 1) return launch<1>(call, stream);
   if (call.m <= 2) return launch<2>(call, stream);
   if (call.m <= 4) return launch<4>(call, stream);
-  return launch<kMostPlainActivations>(call, stream);
+  return launch<8>(call, stream);  // and 8 more, and 8 more: registers hold no more at once
 }
 
 template cudaError_t linear_plain(const FewActivations<float>&, cudaStream_t);

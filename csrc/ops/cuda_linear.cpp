@@ -52,7 +52,9 @@ bool multiply_few(const Tensor& rows, const Tensor& packed, const Tensor& scales
   const int64_t m = rows.size(0), n = packed.size(0), d = packed.size(1) * 2;
   const bool tensor_cores =
       rows.scalar_type() != at::kFloat && is_aligned(packed, 16) && cuda::linear_few_takes(m, n, d, group_size);
-  if (!tensor_cores && (m > cuda::kMostPlainActivations || d > cuda::kMostPlainColumns)) return false;
+  const int most = rows.scalar_type() == at::kFloat ? cuda::kMostPlainActivations<float>
+                                                    : cuda::kMostPlainActivations<nf4::BFloat16>;
+  if (!tensor_cores && (m > most || d > cuda::kMostPlainColumns)) return false;
   const Tensor x = rows.stride(1) == 1 ? rows : rows.contiguous();
   Tensor scratch;
   if (tensor_cores) {

@@ -201,9 +201,15 @@ MUTANTS = {
     ),
     "a row past the last one": Mutant(
         "linear_plain",
-        "a < call.m && row <= last_row",
-        "a < call.m && row <= last_row + 1",
+        "a < activations && row <= last_row",
+        "a < activations && row <= last_row + 1",
         linear(64, 8),
+    ),
+    "the first activations for all blocks": Mutant(
+        "linear_plain",
+        "call.x + first_activation * call.x_stride",
+        "call.x",
+        linear(64, 8, m=12),
     ),
     "sums that are added in another order": Mutant(
         "survey",
