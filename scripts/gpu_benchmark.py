@@ -31,6 +31,8 @@ GRAPH_MILLISECONDS = 1.5  # a graph is made at least as long, so that starting i
 CODEC_SHAPES = ((8192, 8192), (4096, 4096))
 LINEAR_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
+OTHER_SHAPE, OTHER_BATCHES = (8192, 8192), (1, 4, 8, 16, 32)
+OTHERS = ((torch.bfloat16, 128), (torch.bfloat16, 16), (torch.float32, 64))
 CEILING_BYTES = 1 << 30
 
 Call = Callable[[], Any]
@@ -191,17 +193,34 @@ def linear_cases(bnb: Any) -> Iterator[Case]:
             yield Case("linear bfloat16", n, d, m, {"squish_nf4": size, "cuBLAS": 2 * (n * d + m * (n + d))}, calls)
 
 
-def dequantize_and_multiply(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    return torch.nn.functional.linear(x, OPS.dequantize_nf4(packed, scales, GROUP_SIZE, dtype=x.dtype))
+def other_linear_cases() -> Iterator[Case]:
+    """Another group size, and what tensor cores do not take: against decoding and cuBLAS."""
+    n, d = OTHER_SHAPE
+    for dtype, group_size in OTHERS:
+        weights = [quantized(n, d, group_size) for _ in range(copies_for(packed_bytes(n, d, group_size)))]
+        for m in OTHER_BATCHES:
+            x = torch.randn(m, d, device="cuda", dtype=dtype)
+            check_product(OPS.linear_nf4(x, *weights[0], None, group_size), x, weights[0], group_size)
+            calls: dict[str, list[Call]] = {
+                "squish_nf4": [partial(OPS.linear_nf4, x, *w, None, group_size) for w in weights],
+                "dequantize + cuBLAS": [partial(dequantize_and_multiply, x, *w, group_size) for w in weights],
+            }
+            size = packed_bytes(n, d, group_size) + x.element_size() * m * (n + d)
+            what = f"linear {name_of(dtype)}, group size {group_size}"
+            yield Case(what, n, d, m, {"squish_nf4": size}, calls)
 
 
-def packed_bytes(n: int, d: int) -> int:
-    return n * d // 2 + 4 * n * d // GROUP_SIZE
+def dequantize_and_multiply(x: Tensor, packed: Tensor, scales: Tensor, group_size: int = GROUP_SIZE) -> Tensor:
+    return torch.nn.functional.linear(x, OPS.dequantize_nf4(packed, scales, group_size, dtype=x.dtype))
 
 
-def quantized(n: int, d: int) -> tuple[Tensor, Tensor]:
+def packed_bytes(n: int, d: int, group_size: int = GROUP_SIZE) -> int:
+    return n * d // 2 + 4 * n * d // group_size
+
+
+def quantized(n: int, d: int, group_size: int = GROUP_SIZE) -> tuple[Tensor, Tensor]:
     packed = torch.randint(0, 256, (n, d // 2), dtype=torch.uint8, device="cuda")
-    return packed, torch.rand(n, d // GROUP_SIZE, device="cuda") / d**0.5
+    return packed, torch.rand(n, d // group_size, device="cuda") / d**0.5
 
 
 def bnb_quantized(bnb: Any, n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Any]:
@@ -209,8 +228,8 @@ def bnb_quantized(bnb: Any, n: int, d: int, dtype: torch.dtype) -> tuple[Tensor,
     return bnb.functional.quantize_4bit(w, blocksize=GROUP_SIZE, quant_type="nf4")  # type: ignore[no-any-return]
 
 
-def check_product(y: Tensor, x: Tensor, weight: tuple[Tensor, Tensor]) -> None:
-    exact = x.float() @ OPS.dequantize_nf4(*weight, GROUP_SIZE).t()
+def check_product(y: Tensor, x: Tensor, weight: tuple[Tensor, Tensor], group_size: int = GROUP_SIZE) -> None:
+    exact = x.float() @ OPS.dequantize_nf4(*weight, group_size).t()
     error = float((y.float() - exact).norm() / exact.norm())
     assert error < 0.01, f"linear_nf4 of {x.shape[0]} activations is off by {error:.2g}"
 
@@ -341,7 +360,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         bnb = bitsandbytes()
         with torch.no_grad():
-            for cases in (ceilings(), dequantize_cases(bnb), quantize_cases(), linear_cases(bnb)):
+            for cases in (ceilings(), dequantize_cases(bnb), quantize_cases(), linear_cases(bnb), other_linear_cases()):
                 for case in cases:
                     records += [asdict(record) for record in measure(case)]
                     arguments.output.write_text(json.dumps(records))  # what was measured stays, whatever comes
