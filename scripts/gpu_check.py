@@ -128,6 +128,8 @@ def small_case() -> None:
             assert torch.equal(scales.cpu(), expected[1])
             dense = ops.dequantize_nf4(packed, scales, group_size, dtype=dtype)
             assert torch.equal(dense.cpu(), ops.dequantize_nf4(*expected, group_size, dtype=dtype))
+            survey = ops._survey_nf4(w.cuda(), packed, scales, group_size)
+            assert torch.equal(survey.cpu(), ops._survey_nf4(w, *expected, group_size))
             for m in (1, 5, 16, 33):
                 x = torch.randn(m, d - 1 if group_size == 64 else d).to(dtype).cuda()
                 y = ops.linear_nf4(x, packed, scales, None, group_size).double()

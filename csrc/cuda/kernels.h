@@ -21,7 +21,8 @@ cudaError_t dequantize(const uint8_t* packed, const float* scales, int64_t count
                        cudaStream_t stream);
 
 // Of each row of w: the largest magnitude, the sum of magnitudes, and the squared norms of w and of what NF4 loses, to
-// the bit what a Survey of csrc/cpu/kernels.h finds. packed: rows of row_bytes. T: as for quantize. out: (n, 4).
+// the bit what a Survey of csrc/cpu/kernels.h finds, but for the bits of a NaN. packed: rows of row_bytes. T: as for
+// quantize. out: (n, 4).
 template <typename T>
 cudaError_t survey(const T* w, int64_t n, int64_t d, int64_t row_stride, const uint8_t* packed, const float* scales,
                    int64_t row_bytes, int64_t group_size, double* out, cudaStream_t stream);

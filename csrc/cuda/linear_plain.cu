@@ -5,8 +5,6 @@
 // groups or addresses do not fit words). The block's share of x lies in shared memory as float32. A byte becomes a pair
 // of levels by one look-up in a table there, of which every lane of a half warp has a copy of its own: no bank
 // conflicts.
-#include <type_traits>
-
 #include "csrc/cuda/device.cuh"
 #include "csrc/cuda/kernels.h"
 
@@ -23,7 +21,7 @@ constexpr int kWordColumns = 8;
 constexpr int kWords = kStretch / kWordColumns / kWarp;  // of a lane and a row in a stretch
 constexpr int kCopies = 16;  // of the table: a warp reads eight bytes a lane in two turns, half a warp each
 
-struct LevelPair {
+struct alignas(8) LevelPair {
   float even, odd;
 };
 
@@ -65,7 +63,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) multiply_plain(FewActivations<T
   const uint32_t lane_offset = lane % kCopies * sizeof(LevelPair);
   const int64_t block_row = blockIdx.x * int64_t{kBlockRows};
   const int d = static_cast<int>(call.d);
-  const unsigned group_size = static_cast<unsigned>(call.group_size), row_bytes = d / 2, row_groups = d / group_size;
+  const unsigned group_size = static_cast<unsigned>(min(call.group_size, max(call.d, int64_t{1}))), row_bytes = d / 2,
+                 row_groups = d / group_size;
   const int last_row = static_cast<int>(min(call.n - block_row, int64_t{kBlockRows})) - 1;
   const uint8_t* packed = call.packed + block_row * row_bytes;
   const float* scales = call.scales + block_row * row_groups;
@@ -104,30 +103,26 @@ __global__ void __launch_bounds__(kWarps* kWarp) multiply_plain(FewActivations<T
       }
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
-        float product[kRows][kM] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float4 x[kM];
 #pragma unroll
           for (int a = 0; a < kM; ++a) x[a] = staged[(a * kStretch + half * (kStretch / 2)) / 4 + w * kWarp + lane];
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) {
+          for (int r = 0; r < kRows; ++r) {  // past the columns the scale is zero, and so is x
             const LevelPair low = pair_of(table, word[w][r], 2 * half, lane_offset);
             const LevelPair high = pair_of(table, word[w][r], 2 * half + 1, lane_offset);
+            const float weight[] = {low.even * scale[w][r], low.odd * scale[w][r], high.even * scale[w][r],
+                                    high.odd * scale[w][r]};
 #pragma unroll
             for (int a = 0; a < kM; ++a) {
-              product[r][a] = __fmaf_rn(low.even, x[a].x, product[r][a]);
-              product[r][a] = __fmaf_rn(low.odd, x[a].y, product[r][a]);
-              product[r][a] = __fmaf_rn(high.even, x[a].z, product[r][a]);
-              product[r][a] = __fmaf_rn(high.odd, x[a].w, product[r][a]);
+              sum[r][a] = __fmaf_rn(weight[0], x[a].x, sum[r][a]);
+              sum[r][a] = __fmaf_rn(weight[1], x[a].y, sum[r][a]);
+              sum[r][a] = __fmaf_rn(weight[2], x[a].z, sum[r][a]);
+              sum[r][a] = __fmaf_rn(weight[3], x[a].w, sum[r][a]);
             }
           }
         }
-        if ((w * kWarp + lane) * kWordColumns >= columns) continue;
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#pragma unroll
-          for (int a = 0; a < kM; ++a) sum[r][a] = __fmaf_rn(product[r][a], scale[w][r], sum[r][a]);
       }
     } else {
       for (int c = 2 * lane; c < columns; c += 2 * kWarp) {

@@ -1,5 +1,5 @@
-// What rows of weights and their NF4 form say about each other: to the bit the sums of the CPU, which are those of
-// sixteen running sums, of which column c goes to number c % 16.
+// What rows of weights and their NF4 form say about each other: to the bit the sums of the CPU (but for the bits of a
+// NaN), which are those of sixteen running sums, of which column c goes to number c % 16.
 #include "csrc/cuda/device.cuh"
 #include "csrc/cuda/kernels.h"
 

@@ -101,8 +101,8 @@ def command(
 
     squish-nf4 convert --nf4 --model-dir IN --output OUT
 
-    Ends with 0 when all is done, 1 when something is wrong, 2 when the command is, 3 when the disk stopped it and
-    --resume goes on, 130 after Ctrl-C, likewise.
+    Ends with 0 when all is done, 1 when something is wrong, 2 when the command is, 3 when the disk or the GPU stopped
+    it and --resume goes on, 130 after Ctrl-C, likewise.
     """
     source = one_of("IN", source, "--model-dir", model_dir)
     target = one_of("OUT", target, "--output", output) if output or target or not only_plan else None

@@ -76,16 +76,29 @@ def test_a_weight_that_is_not_finite_is_named_with_its_place(tmp_path: Path, pla
     assert played
 
 
-def test_a_gpu_without_memory_stops_it_and_resume_goes_on_with_the_cpu(
-    source: Path, tmp_path: Path, played: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot."), "the memory of cuda is full"),
+        (torch.AcceleratorError("CUDA error: it broke\nCompile with ..."), "cuda fails: CUDA error: it broke"),
+    ],
+    ids=["memory", "failure"],
+)
+def test_a_gpu_that_fails_stops_it_and_resume_goes_on_with_the_cpu(
+    source: Path,
+    tmp_path: Path,
+    played: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: RuntimeError,
+    said: str,
 ) -> None:
-    def full(values: Tensor, device: torch.device) -> Tensor:
+    def failing(values: Tensor, device: torch.device) -> Tensor:
         if values.dtype == torch.float64:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot.")
+            raise error
         return values
 
-    monkeypatch.setattr(encode, "moved", full)
-    with pytest.raises(UnfinishedError, match=r"the memory of cuda is full.*resume goes on with it"):
+    monkeypatch.setattr(encode, "moved", failing)
+    with pytest.raises(UnfinishedError, match=rf"{said}.*resume goes on with it"):
         squish_nf4.convert(source, tmp_path / "out", device="cuda")
     assert not is_finished(tmp_path / "out")
     squish_nf4.convert(source, tmp_path / "out", resume=True)
@@ -93,7 +106,7 @@ def test_a_gpu_without_memory_stops_it_and_resume_goes_on_with_the_cpu(
     assert contents(tmp_path / "out") == contents(tmp_path / "cpu")
 
 
-@pytest.mark.parametrize("device", ["tpu", "meta", "mps", "", 3.5, "cuda:x"])
+@pytest.mark.parametrize("device", ["tpu", "meta", "mps", "", 3.5, 2**70, "cuda:x", "cuda:-1", "cpu:3", "cuda:1234"])
 def test_what_is_no_device_of_ours_is_named(device: object, tmp_path: Path) -> None:
     for function in (squish_nf4.dry_run, lambda src, **named: squish_nf4.convert(src, tmp_path / "out", **named)):
         with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N, got"):
@@ -108,6 +121,7 @@ def test_what_is_no_device_of_ours_is_named(device: object, tmp_path: Path) -> N
         ("13.0", 0, "cuda", "device is cuda, but torch finds no GPU"),
         ("13.0", 1, "cuda:1", "device is cuda:1, but torch finds 1 GPU, numbered from 0"),
         ("13.0", 2, "cuda:4", "device is cuda:4, but torch finds 2 GPUs, numbered from 0"),
+        ("13.0", 2, "cuda:256", "device is cuda:256, but torch finds 2 GPUs, numbered from 0"),
     ],
 )
 def test_a_gpu_that_is_not_there_is_named(
@@ -123,9 +137,10 @@ def test_a_gpu_that_is_not_there_is_named(
 def test_a_gpu_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_build_info, "CUDA_VERSION", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [devices.device_named(name) for name in ("cuda", "cuda:1", GPU)] == [GPU, torch.device("cuda:1"), GPU]
-    assert devices.device_named("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    named = [str(devices.device_named(name)) for name in ("cuda", "cuda:1", GPU, "cpu", torch.device("cpu"))]
+    assert named == ["cuda:2", "cuda:1", "cuda:2", "cpu", "cpu"]  # the current one is that of the caller's thread
 
 
 def test_the_command_says_it_in_one_sentence(source: Path, tmp_path: Path) -> None:

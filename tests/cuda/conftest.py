@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from squish_nf4 import _build_info
-from tests.support.gpus import ExecutedGpu, RealGpu
+from tests.support.gpus import ExecutedGpu, Gpu, RealGpu
 from tests.support.helpers import require
 from tests.support.ptx.host import compile_kernels
 
@@ -37,7 +37,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> ExecutedGpu:
 
 
 @pytest.fixture(params=["gpu", pytest.param("executed", marks=pytest.mark.builds)])
-def gpu(request: pytest.FixtureRequest) -> RealGpu | ExecutedGpu:
+def gpu(request: pytest.FixtureRequest) -> Gpu:
     if request.param == "gpu":
         require_a_gpu()
         return RealGpu()

@@ -50,6 +50,9 @@ KERNEL = """
 """
 
 
+SHARED = "mov.u32 %r2, dynamic; shl.b32 %r3, %r1, 2; add.u32 %r3, %r3, %r2;"
+
+
 def run(body: str, values: np.ndarray | None = None, threads: int = 32, costs: Costs | None = None) -> np.ndarray:
     """What the threads of one block leave in the output, of four bytes each."""
     module = parse(KERNEL.replace("BODY", body))
@@ -88,7 +91,6 @@ def float_bits(value: float) -> int:
         ("mul.wide.u32 %rd7, %r2, %r3; shr.u64 %rd7, %rd7, 32; cvt.u32.u64 %r9, %rd7;", 0xFFFFFFFF, 2, 1),
         ("mad.lo.s32 %r9, %r2, %r3, 7;", 6, 5, 37),
         ("div.s32 %r9, %r2, %r3;", 0xFFFFFFF9, 2, 0xFFFFFFFD),  # -7 / 2 is -3
-        ("rem.s32 %r9, %r2, %r3;", 0xFFFFFFF9, 2, 0xFFFFFFFF),
         ("div.u32 %r9, %r2, %r3;", 0xFFFFFFF9, 2, 0x7FFFFFFC),
         ("min.s32 %r9, %r2, %r3;", 0xFFFFFFFF, 1, 0xFFFFFFFF),
         ("max.u32 %r9, %r2, %r3;", 0xFFFFFFFF, 1, 0xFFFFFFFF),
@@ -118,7 +120,6 @@ def float_bits(value: float) -> int:
         ("mov.f32 %f4, %f2; mov.b32 %r9, %f4;", 0x7FC12345, 0, 0x7FC12345),
         ("neg.f32 %f4, %f2; mov.b32 %r9, %f4;", float_bits(1), 0, float_bits(-1)),
         ("setp.ne.f32 %p2, %f2, %f3; selp.u32 %r9, 1, 0, %p2;", 0x7FC00000, 0, 0),
-        ("setp.neu.f32 %p2, %f2, %f3; selp.u32 %r9, 1, 0, %p2;", 0x7FC00000, 0, 1),
         ("setp.num.f32 %p2, %f2, %f3; selp.u32 %r9, 1, 0, %p2;", 0x7FC00000, 0, 0),
         ("setp.lt.s32 %p2, %r2, %r3; selp.u32 %r9, 1, 0, %p2;", 0xFFFFFFFF, 0, 1),
         ("cvt.rn.bf16x2.f32 %r9, %f2, %f3;", float_bits(1), 0x40408000, 0x3F804040),  # a tie goes to the even one
@@ -187,8 +188,6 @@ def test_ways_of_a_branch_come_together() -> None:
         ("idx", "%r2", 31, lambda lane: (lane * 5) % 32),
         ("idx", "%r2", 0x101F, lambda lane: lane // 16 * 16 + (lane * 5) % 16),  # in halves of a warp
         ("bfly", "4", 31, lambda lane: lane ^ 4),
-        ("down", "8", 31, lambda lane: lane + 8 if lane + 8 < 32 else lane),
-        ("up", "8", 0, lambda lane: lane - 8 if lane >= 8 else lane),
     ],
 )
 def test_shuffles(mode: str, lane: str, clamp: int, expected: object) -> None:
@@ -235,9 +234,20 @@ def test_shared_memory_is_seen_after_a_barrier_and_its_banks_are_counted() -> No
         costs=costs,
     )
     assert found.tolist() == [63 - thread for thread in range(64)]
-    assert costs.turns_a_warp("st") == 1
-    assert costs.turns_a_warp("ld") == 1.5  # half of them want two words of one bank
+    assert costs.turns("st") == 1
+    assert costs.turns("ld") == 1.5  # half of them want two words of one bank
     assert costs.sector_efficiency() == 1
+
+
+@pytest.mark.parametrize(("apart", "turns"), [(2, 1), (4, 2), (8, 2), (16, 2), (0, 1)])
+def test_turns_of_the_banks_for_eight_bytes_a_lane(apart: int, turns: float) -> None:
+    """Words ``apart``: sixteen lanes are an access."""
+    costs = Costs()
+    body = f"""{SHARED} st.shared.u32 [%r3], %r1; st.shared.u32 [%r3+128], %r1; bar.sync 0;
+        and.b32 %r4, %r1, 15; mul.lo.u32 %r4, %r4, {4 * apart}; and.b32 %r4, %r4, 255; add.u32 %r4, %r4, %r2;
+        ld.shared.v2.u32 {{%r5, %r6}}, [%r4]; st.global.u32 [%rd5], %r5;"""
+    run(body, costs=costs)
+    assert costs.turns("ld") == turns
 
 
 def test_sectors_are_counted() -> None:
@@ -248,9 +258,6 @@ def test_sectors_are_counted() -> None:
     assert run(body, np.arange(128, dtype=np.uint32), costs=costs).tolist() == [4 * thread for thread in range(32)]
     assert costs.sector_efficiency("ld") == 0.25
     assert costs.sector_efficiency("st") == 1
-
-
-SHARED = "mov.u32 %r2, dynamic; shl.b32 %r3, %r1, 2; add.u32 %r3, %r3, %r2;"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +300,23 @@ SHARED = "mov.u32 %r2, dynamic; shl.b32 %r3, %r1, 2; add.u32 %r3, %r3, %r2;"
             "setp.eq.u32 %p1, %r1, 5; @%p1 bra end; shfl.sync.idx.b32 %r2|%p2, %r1, 0, 31, -1; end:",
             "waits for threads that never come: shfl",
         ),
-        ("div.u32 %r9, 6, %r1;", "a division of integers by zero"),
+        ("div.u32 %r9, 6, %r1;", "thread 0 of block 0: a division of integers by zero"),
+        (
+            "setp.eq.u32 %p1, %r1, 0; @%p1 bra end; sub.u32 %r2, %r1, 5; div.u32 %r9, 6, %r2; end:",
+            "thread 5 .* by zero",
+        ),
+        ("st.global.u32 [%rd5], %r1; ld.global.u32 %r9, [%rd5];", "a load of what the same launch writes"),
+        ("cvt.u16.u32 %rs2, %r1; st.global.u8 [%rd5], %rs2; st.global.u32 [%rd5], 7;", "two values for one place"),
+        (
+            f"{SHARED} cp.async.ca.shared.global [%r3], [%rd4], 4; st.shared.u32 [%r3], %r1;",
+            "a store where an asynchronous copy is under way",
+        ),
+        (
+            f"{SHARED} cp.async.ca.shared.global [%r3], [%rd4], 4; bar.sync 0; cp.async.wait_all;"
+            " ld.shared.u32 %r9, [%r2];",
+            "another thread wrote, and no barrier",
+        ),
+        ("again: bra again;", "has not ended"),
     ],
 )
 def test_faults(body: str, said: str) -> None:

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from tests.support import cuda_inputs as inputs
 from tests.support.cuda_inputs import assert_same_bits
-from tests.support.gpus import ExecutedGpu, RealGpu
+from tests.support.gpus import ExecutedGpu, Gpu
 from tests.support.helpers import relative
 from tests.support.products import assert_product
 
 OPS = torch.ops.squish
 DTYPES = (torch.bfloat16, torch.float16)
-Gpu = RealGpu | ExecutedGpu
 
 
 def check(
@@ -115,13 +114,33 @@ def test_without_tensor_cores_x_may_have_any_strides_and_packed_any_alignment(gp
     wide = inputs.normal(12, 600, seed=11).float()
     for x in (wide[::2, :256], wide[:8, 1:258], wide[:8, ::2][:, :255], wide[:1, :256].expand(5, 256)):
         check(gpu, x, 20, 32, plainly=True)
-    packed, scales = inputs.packed_weight(20, 256, 64)
+    packed, scales = inputs.packed_weight(40, 256, 64)
     weight = OPS.dequantize_nf4(packed, scales, 64)
-    for start in (1, 2, 4):
-        larger = torch.zeros(packed.numel() + 8, dtype=torch.uint8)
-        moved = larger[start : start + packed.numel()].view_as(packed).copy_(packed)
-        y = gpu.linear_nf4(gpu.put(wide[:3, :256]), gpu.put(moved), gpu.put(scales), None, 64)
-        assert_product(y.cpu(), wide[:3, :256], weight.t(), None, start)
+    for dtype in inputs.DENSE_DTYPES:
+        x = wide[:3, :256].to(dtype)
+        for start in (1, 2, 4, 8):  # tensor cores ask for sixteen
+            larger = torch.zeros(packed.numel() + 8, dtype=torch.uint8)
+            moved = larger[start : start + packed.numel()].view_as(packed).copy_(packed)
+            y = gpu.linear_nf4(gpu.put(x), gpu.put(moved), gpu.put(scales), None, 64)
+            assert_product(y.cpu(), x, weight.t(), None, (dtype, start))
+
+
+def test_without_tensor_cores_large_and_small_x_are_those_of_a_dense_layer(gpu: Gpu) -> None:
+    """The levels are scaled before they are summed: nothing overflows that need not."""
+    for scale, size in ((1e-3, 1e38), (2.0**30, 2.0**-140)):
+        packed, scales = torch.full((4, 128), 0xFF, dtype=torch.uint8), torch.full((4, 4), scale)
+        x = torch.full((2, 256), size) * torch.tensor([1.0, -1.0])[:, None]
+        y = gpu.linear_nf4(gpu.put(x), gpu.put(packed), gpu.put(scales), None, 64).cpu()
+        assert relative(y, x.double() @ OPS.dequantize_nf4(packed, scales, 64).double().t()) <= 1e-6
+
+
+def test_a_weight_without_columns_gives_the_bias(gpu: Gpu) -> None:
+    packed, scales = torch.zeros(3, 0, dtype=torch.uint8), torch.zeros(3, 0)
+    for group_size in (64, 2**32):
+        y = gpu.linear_nf4(
+            gpu.put(torch.zeros(2, 0)), gpu.put(packed), gpu.put(scales), gpu.put(torch.arange(3.0)), group_size
+        )
+        assert y.cpu().tolist() == [[0.0, 1.0, 2.0]] * 2
 
 
 def test_float32_is_as_exact_as_on_the_cpu(gpu: Gpu) -> None:

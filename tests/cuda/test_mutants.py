@@ -151,6 +151,18 @@ MUTANTS = {
         "wait_for_copies();",
         linear(256, 64),
     ),
+    "a barrier before the copies are there": Mutant(
+        "linear_small_m",
+        "wait_for_copies();\n  __syncthreads();",
+        "__syncthreads();\n  wait_for_copies();",
+        linear(256, 64),
+    ),
+    "sums that begin with what was there": Mutant(
+        "linear_plain",
+        "float sum[kRows][kM] = {};",
+        "float sum[kRows][kM];",
+        linear(64, 8),
+    ),
     "no wait for the copies of the scales": Mutant(
         "linear_small_m",
         "  wait_for_copies();\n",
@@ -245,5 +257,9 @@ def test_a_mutant_is_found(executed: ExecutedGpu, name: str, tmp_path: Path) -> 
     path = tmp_path / f"{mutant.file}.cu"
     path.write_text(source.replace(mutant.was, mutant.becomes))
     library = compile_mutant(str(shutil.which("nvcc")), path, tmp_path, executed.library)
+    gpu = ExecutedGpu(library)
+    for kernel in gpu.gpu.entries():
+        if f"_{mutant.file}_cu_" in kernel:
+            gpu.gpu.kernel(kernel)  # what is not understood is no fault that was found
     with pytest.raises((KernelError, AssertionError)):
-        mutant.check(ExecutedGpu(library))
+        mutant.check(gpu)

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from tests.support import cuda_inputs as inputs
 from tests.support.cuda_inputs import assert_same_bits
-from tests.support.gpus import ExecutedGpu, RealGpu
+from tests.support.gpus import Gpu
 
 OPS = torch.ops.squish
-
-
-Gpu = RealGpu | ExecutedGpu
 
 
 def assert_as_on_the_cpu(gpu: Gpu, w: Tensor, group_size: int, what: str = "") -> None:

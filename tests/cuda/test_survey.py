@@ -9,10 +9,9 @@ import torch
 
 from tests.support import cuda_inputs as inputs
 from tests.support.cuda_inputs import assert_same_bits
-from tests.support.gpus import ExecutedGpu, RealGpu
+from tests.support.gpus import Gpu
 
 OPS = torch.ops.squish
-Gpu = RealGpu | ExecutedGpu
 SIZES = ((5, 64, 32), (3, 100, 50), (7, 1030, 5), (4, 2, 1), (2, 4096, 64), (3, 0, 4), (0, 64, 16), (70, 600, 600))
 PADDED = ((5, 61, 32), (3, 99, 50), (4, 1028, 5), (2, 3, 3), (3, 1, 64), (6, 700, 512), (2, 1030, 1024))
 

@@ -25,6 +25,8 @@ std::map<const void*, std::string>& names() {
   static std::map<const void*, std::string> kernels;
   return kernels;
 }
+// What a block may have on a Hopper, and on a Turing.
+int most_shared() { return capability >= 80 ? 227 << 10 : 64 << 10; }
 std::map<const void*, int> shared_limits;  // what a kernel may have beyond 48 KiB, once it has been asked for
 
 cudaError_t launch(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared) {
@@ -94,7 +96,6 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  constexpr int kSharedOfHopper = 227 << 10, kSharedOfTuring = 64 << 10;
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
       *value = capability / 10;
@@ -103,14 +104,14 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = multiprocessors;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = capability >= 80 ? kSharedOfHopper : kSharedOfTuring;
+      *value = most_shared();
       return cudaSuccess;
     default:
       return cudaErrorInvalidValue;
   }
 }
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > most_shared()) return cudaErrorInvalidValue;
   shared_limits[kernel] = value;
   return cudaSuccess;
 }

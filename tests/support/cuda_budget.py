@@ -2,7 +2,7 @@
 
     python -m tests.support.cuda_budget
 
-stores today's counts in cuda_budget.json, which tests/cuda/test_instruction_budget.py compares with.
+stores today's counts in cuda_budget.json, which tests/cuda/test_cuda_instruction_budget.py compares with.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def tools() -> tuple[str, str]:
     """nvcc, and cuobjdump: on the PATH, or the one that comes with triton."""
     nvcc, found = shutil.which("nvcc"), shutil.which("cuobjdump")
     require("nvcc", nvcc is not None, "there is no nvcc on the PATH")
+    said = run([str(nvcc), "--version"]).stdout
+    require("nvcc-13.0", "release 13.0" in said, "the stored counts are of nvcc 13.0")
     if found is None:
         triton = Path(required_module("triton").__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         require("cuobjdump", triton.exists(), "there is no cuobjdump on the PATH, and triton has none")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import squish_nf4  # noqa: F401  it registers the operators
-from tests.support.ptx.host import Gpu
+from tests.support.cuda_inputs import bits
+from tests.support.ptx import host
 from tests.support.ptx.memory import Buffer
 
 OPS = torch.ops.squish
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -41,7 +41,7 @@ class ExecutedGpu:
 
     def __init__(self, library: Path, **gpu: int) -> None:
         self.library = library
-        self.gpu = Gpu(library, **gpu)
+        self.gpu = host.Gpu(library, **gpu)
 
     def put(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -89,10 +89,10 @@ class ExecutedGpu:
             x = x.contiguous()
         self.gpu.reset()
         y, scratch = self.gpu.memory.empty(m * n * x.element_size()), None
-        tensor_cores = x.dtype != torch.float32 and self.takes(m, n, d, group_size)
+        tensor_cores = x.dtype != torch.float32 and is_aligned(packed) and self.takes(m, n, d, group_size)
         if tensor_cores:
             as_it_is = self.gpu.ask("linear_few_reads_x", m, group_size) and columns == d and x.is_contiguous()
-            if not as_it_is or x.storage_offset() % 8 != 0:
+            if not as_it_is or not is_aligned(x):
                 scratch = self.gpu.memory.empty(self.gpu.ask("linear_few_scratch", m, d, group_size) * x.element_size())
         of_bias = None if bias is None else self.upload(bias)
         same = bias is not None and bias.dtype == x.dtype
@@ -110,8 +110,11 @@ class ExecutedGpu:
         used = np.zeros(storage.numel(), bool)
         places = torch.arange(storage.numel()).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         used[places.reshape(-1)] = True
-        buffer = self.gpu.memory.upload(bits(storage), readable=used.repeat(tensor.element_size()))
+        buffer = self.gpu.memory.upload(bits(storage).numpy(), readable=used.repeat(tensor.element_size()))
         return buffer.address + tensor.storage_offset() * tensor.element_size()
+
+
+Gpu = RealGpu | ExecutedGpu
 
 
 def storage_of(tensor: Tensor) -> Tensor:
@@ -119,8 +122,9 @@ def storage_of(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def bits(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().view(INTEGERS[tensor.element_size()]).numpy()
+def is_aligned(tensor: Tensor) -> bool:
+    """To sixteen bytes, as far as its place in its storage goes."""
+    return tensor.storage_offset() * tensor.element_size() % 16 == 0
 
 
 def tensor_of(buffer: Buffer, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -67,7 +67,8 @@ def convert(
             (config, tokenizer, ...) are copied along.
         dst: a new or empty directory, outside src.
         max_ram: bytes of anonymous memory to hold at most, beyond the interpreter and the libraries.
-        device: where to quantize: "cpu", "cuda" or "cuda:N". The bytes are the same.
+        device: where to quantize: "cpu", "cuda" or "cuda:N". The bytes are the same. max_ram does not count what the
+            CUDA runtime itself holds.
         min_free_gb: gigabytes (10^9 bytes) to leave free on the disk.
         resume: go on with an unfinished conversion in dst, if there is one.
         overwrite: replace an earlier conversion in dst, finished or not.
@@ -161,6 +162,7 @@ def dry_run(
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as convert would.
+        OSError: the GPU fails, or has no memory left.
     """
     chosen = ConvertOptions.named(dry_run, options)
     where = device_named(device)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from squish_nf4.checkpoint.conversion.devices import CPU, memory_of, moved
+from squish_nf4.checkpoint.conversion.devices import CPU, failures_of, moved
 from squish_nf4.checkpoint.conversion.options import ConvertOptions, Limits
 from squish_nf4.checkpoint.messages import shorten
 from squish_nf4.checkpoint.values import BLOCK, WIDENED, Array, dtype_name, row_slices, smallest_lossless, to_numpy
@@ -24,7 +24,6 @@ from squish_nf4.layout import pick_group_size
 from squish_nf4.ops import RowSurvey, relative_error, survey_nf4
 
 Kind = Literal["nf4", "kept"]
-Look = tuple[Tensor, Tensor, RowSurvey]  # packed, scales, and of each row
 
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
@@ -118,42 +117,47 @@ def encode_rows(
 
     Raises:
         ValueError: a weight is NaN or infinite. first_row and name are for the message.
-        OSError: the device has no memory left.
+        OSError: the device fails, or has no memory left.
     """
     rows, d = w.shape
     packed = np.empty((rows, d // 2), dtype=np.uint8)
     scales = np.empty((rows, d // group_size), dtype=np.float32)
     survey = Survey()
     squares: list[tuple[float, float]] = []
-    for at, (block_packed, block_scales, found) in looks(w, group_size, device):
-        packed[at], scales[at] = block_packed.numpy(), block_scales.numpy()
+    for at, found in looks(w, group_size, device, torch.from_numpy(packed), torch.from_numpy(scales)):
         survey = survey.joined(survey_of(name, first_row + at.start, w[at], found))
         squares.append((float(found.squared_error.numpy().sum()), float(found.square.numpy().sum())))
     fits = survey.reason_to_keep(limits) is None
     return EncodedRows(survey, packed if fits else None, scales if fits else None, squares)
 
 
-def looks(w: Tensor, group_size: int, device: torch.device) -> Iterator[tuple[slice, Look]]:
-    """(place, what is there) of each block of rows. A CPU takes them one by one, in its cache; a GPU all at once."""
+def looks(
+    w: Tensor, group_size: int, device: torch.device, packed: Tensor, scales: Tensor
+) -> Iterator[tuple[slice, RowSurvey]]:
+    """(place, what is found) of each block of rows, whose NF4 goes to packed and scales.
+
+    A CPU takes them one by one, in its cache; a GPU all at once.
+    """
     if device.type == "cpu":
         for at, block in blocks(w):
-            yield at, look(block, group_size)
+            yield at, look(block, group_size, packed[at], scales[at])
         return
-    with memory_of(device):
-        packed, scales, found = look(moved(w, device), group_size)
-        packed, scales = packed.cpu(), scales.cpu()
+    with failures_of(device):
+        found = look(moved(w, device), group_size, packed, scales)
     for at, _ in blocks(w):
-        yield at, (packed[at], scales[at], found.rows(at))
+        yield at, found.rows(at)
 
 
-def look(w: Tensor, group_size: int) -> Look:
-    """w in NF4, and what its rows say, where w is.
+def look(w: Tensor, group_size: int, packed: Tensor, scales: Tensor) -> RowSurvey:
+    """Quantizes w where it is, copies that to packed and scales, and says what its rows are like.
 
     By the bare operator: what is not finite is found in the survey.
     """
     values = w if w.dtype in OPERATORS_TAKE else w.float()
-    packed, scales = torch.ops.squish.quantize_nf4(values, group_size)
-    return packed, scales, survey_nf4(values, packed, scales, group_size)
+    own_packed, own_scales = torch.ops.squish.quantize_nf4(values, group_size)
+    packed.copy_(own_packed)
+    scales.copy_(own_scales)
+    return survey_nf4(values, own_packed, own_scales, group_size)
 
 
 def survey_of(name: str, first_row: int, w: Tensor, rows: RowSurvey) -> Survey:

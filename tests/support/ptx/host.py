@@ -17,7 +17,7 @@ from tests.support import ROOT
 from tests.support.processes import run
 from tests.support.ptx.machine import Costs, Kernel, launch
 from tests.support.ptx.memory import Buffer, KernelError, Memory
-from tests.support.ptx.parser import Module, parse
+from tests.support.ptx.parser import Instruction, Module, parse
 
 EXACT = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-ftz=false", "-prec-div=true")  # as setup.py
 LAUNCH = ctypes.CFUNCTYPE(
@@ -117,6 +117,11 @@ class Gpu:
 
     def entries(self) -> list[str]:
         return [name for module in self._modules for name, function in module.functions.items() if not function.results]
+
+    def instructions(self) -> set[str]:
+        """The names of all instructions of all kernels."""
+        bodies = [function.body for module in self._modules for function in module.functions.values()]
+        return {item.name for body in bodies for item in body if isinstance(item, Instruction)}
 
     def call(self, name: str, *arguments: int | Buffer | None) -> None:
         """A launcher of cuda_host.cpp. KernelError if a kernel did what it must not."""

@@ -20,9 +20,9 @@ from tests.support.ptx.memory import (
     Local,
     Memory,
     Shared,
+    distinct_bytes,
     refuse_misaligned,
     turns_of_banks,
-    useful_share,
 )
 from tests.support.ptx.operations import WARP, Step, step_of
 from tests.support.ptx.parser import Function, Instruction, Module, Symbol, Variable
@@ -30,6 +30,7 @@ from tests.support.ptx.parser import Function, Instruction, Module, Symbol, Vari
 NOWHERE = np.int32(2**31 - 1)
 MEET = {"shfl": "warp", "mma": "warp", "bar": "block"}  # where lanes wait for each other
 ENDS = {"bra", "ret", "exit"}
+MOST_PASSES = 1_000_000  # of basic blocks: the longest of our tests needs a hundredth of it
 
 
 @dataclass
@@ -116,13 +117,15 @@ class Costs:
     sectors: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
     banks: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
 
-    def note(self, instruction: Instruction, space: str, addresses: Array, warps: Array, size: int) -> None:
+    def note(self, instruction: Instruction, space: str, addresses: Array, lanes: Array, size: int) -> None:
+        text = instruction.text.split(" ", 1)[1] if instruction.guard else instruction.text
         if space == "global":
-            asked, moved = useful_share(addresses, warps, size)
-            entry = self.sectors[instruction.text]
-        elif space == "shared" and size == 4:
-            asked, moved = int(np.unique(warps).size), turns_of_banks(addresses, warps)
-            entry = self.banks[instruction.text]
+            warps = lanes // WARP
+            entry = self.sectors[text]
+            asked, moved = distinct_bytes(addresses, warps, size), distinct_bytes(addresses, warps, 32)
+        elif space == "shared":
+            entry = self.banks[text]
+            asked, moved = turns_of_banks(addresses, lanes, size)
         else:
             return
         entry[0] += asked
@@ -130,13 +133,13 @@ class Costs:
 
     def sector_efficiency(self, kind: str = "") -> float:
         """Bytes that were wanted, of the bytes of the sectors that moved; kind: "ld", "st" or both."""
-        entries = [entry for text, entry in self.sectors.items() if text.split("@")[-1].startswith(kind)]
+        entries = [entry for text, entry in self.sectors.items() if text.startswith(kind)]
         return sum(asked for asked, _ in entries) / max(sum(moved for _, moved in entries), 1)
 
-    def turns_a_warp(self, kind: str = "") -> float:
-        """Turns of the banks of shared memory for one access of a warp: 1 without conflicts."""
+    def turns(self, kind: str) -> float:
+        """Turns of the banks of shared memory for one access: 1 without conflicts."""
         entries = [entry for text, entry in self.banks.items() if text.startswith(kind)]
-        return sum(turns for _, turns in entries) / max(sum(asked for asked, _ in entries), 1)
+        return sum(turns for _, turns in entries) / sum(asked for asked, _ in entries)
 
 
 Size3 = tuple[int, int, int]
@@ -199,8 +202,9 @@ class Machine:
         self.gone = np.zeros(self.lanes, bool)
         self.mask: Array | None = None  # the lanes that run; None: all
         self._active: Array | None = None
+        # What nobody has written is NaN, whichever type it is taken for.
         self.registers: dict[str, Array] = {
-            name: np.zeros(1, bool) if size == 1 else np.full(1, 0xA5A5A5A5A5A5A5A5 >> (64 - 8 * size), UNSIGNED[size])
+            name: np.zeros(1, bool) if size == 1 else np.full(1, 2 ** (8 * size) - 1, UNSIGNED[size])
             for name, size in kernel.registers.items()
         }
         self._special = {"%ntid": block, "%nctaid": grid}
@@ -289,7 +293,7 @@ class Machine:
     def _note(self, instruction: Instruction, space: str, addresses: Array, size: int) -> None:
         refuse_misaligned(addresses, size)
         if self.costs is not None:
-            self.costs.note(instruction, space, addresses, self.active() // WARP, size)
+            self.costs.note(instruction, space, addresses, self.active(), size)
 
     def pass_barrier(self) -> None:
         self.shared.pass_barrier(np.unique(self.block_of[self.active()]))
@@ -297,7 +301,7 @@ class Machine:
     # --- Running ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        while True:
+        for _ in range(MOST_PASSES):
             places = np.where(self.waits | self.gone, NOWHERE, self.place)
             at = int(places.min())
             if at == NOWHERE:
@@ -317,6 +321,8 @@ class Machine:
                         f"{self.kernel.name}: {self._describe(fault.lane)}: {fault}: {instruction.text}"
                     ) from None
             self._leave(block, at, here)
+        else:
+            raise KernelError(f"{self.kernel.name}: has not ended after {MOST_PASSES} basic blocks")
         if not self.gone.all():
             lane = int(np.argmax(self.waits))
             text = self.kernel.blocks[int(self.place[lane])].steps[0][0].text

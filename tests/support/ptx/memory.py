@@ -121,6 +121,8 @@ class Memory:
         if (state & readable != readable).any():
             refuse(state == 0, "an access out of bounds", addresses)
             refuse(state & readable != readable, "a load of what nobody has written", addresses)
+        touched = unsigned(int.from_bytes(bytes([self.TOUCHED]) * size, "little"))
+        refuse(state & touched != 0, "a load of what the same launch writes", addresses)
         return self.content.view(unsigned)[at]
 
     def store(self, addresses: Array, values: Array) -> None:
@@ -134,7 +136,8 @@ class Memory:
         )
         if (state & writable != writable).any():
             refuse(state & writable != writable, "a store to an input", addresses)
-        refuse((state & touched == touched) & (content[at] != values), "two values for one place", addresses)
+        of_touched_bytes = (state & touched) // unsigned(self.TOUCHED) * unsigned(255)
+        refuse((content[at] ^ values) & of_touched_bytes != 0, "two values for one place", addresses)
         content[at] = values
         refuse(content[at] != values, "two values for one place", addresses)
         states[at] = state | touched | (touched // unsigned(self.TOUCHED // self.READABLE))
@@ -180,12 +183,15 @@ class Shared:
         race = (self.written[at] == now) & (self.writer[at] != lanes)
         race |= (self.read[at] == now) & (self.reader[at] != lanes)
         refuse(race, "a store where another thread wrote or read, and no barrier between", addresses)
+        refuse(self.copied[at], "a store where an asynchronous copy is under way", addresses)
         self.content[at], self.writer[at], self.written[at], self.copied[at] = values, lanes, now, copied
         refuse(self.writer[at] != lanes, "two threads store to one place in shared memory", addresses)
 
     def wait(self, lanes: Array) -> None:
-        """The copies of these threads are done."""
-        self.copied[np.isin(self.writer, lanes) & self.copied] = False
+        """The copies of these threads are done: now, so that others see them after the next barrier."""
+        at = np.flatnonzero(self.copied & np.isin(self.writer, lanes))
+        self.written[at] = self.time[at // self.words]
+        self.copied[at] = False
 
     def pass_barrier(self, blocks: Array) -> None:
         self.time[blocks] += 1
@@ -217,22 +223,21 @@ class Local:
         self.written.view(values.dtype)[at] = values.dtype.type(int.from_bytes(b"\1" * values.dtype.itemsize, "little"))
 
 
-def useful_share(addresses: Array, warps: Array, size: int) -> tuple[int, int]:
-    """(bytes asked for, bytes of the 32-byte sectors they lie in) of one access of some warps."""
-    return _distinct(warps, addresses, size) * size, _distinct(warps, addresses, 32) * 32
-
-
-def _distinct(warps: Array, addresses: Array, size: int) -> int:
+def distinct_bytes(addresses: Array, warps: Array, size: int) -> int:
+    """Of one access of some warps: bytes of the pieces of ``size`` bytes that they touch."""
     keys = warps.astype(np.uint64) << np.uint64(48) | (addresses - np.uint64(Memory.BASE)) // np.uint64(size)
-    return int(np.unique(keys).size)
+    return int(np.unique(keys).size) * size
 
 
-def turns_of_banks(addresses: Array, warps: Array) -> int:
-    """How often shared memory is asked for one access of four bytes a lane: once a warp, if no bank is wanted twice."""
-    words = np.unique(warps.astype(np.uint64) << np.uint64(32) | addresses // np.uint64(4))
-    banks = words >> np.uint64(32) << np.uint64(8) | words % np.uint64(32)
-    wanted, counts = np.unique(banks, return_counts=True)
-    most: dict[int, int] = {}
-    for warp, count in zip((wanted >> np.uint64(8)).tolist(), counts.tolist(), strict=True):
-        most[warp] = max(most.get(warp, 0), count)
-    return sum(most.values())
+def turns_of_banks(addresses: Array, lanes: Array, size: int) -> tuple[int, int]:
+    """(accesses, turns) of one access of some lanes to shared memory: a turn each, if no bank is wanted twice.
+
+    Sixteen lanes are an access if each takes eight bytes, eight if each takes sixteen.
+    """
+    groups = (lanes // (128 // size)).astype(np.uint64)
+    words = [groups << np.uint64(32) | (addresses // np.uint64(4) + np.uint64(k)) for k in range(size // 4)]
+    distinct = np.unique(np.concatenate(words))
+    wanted, counts = np.unique(distinct >> np.uint64(32) << np.uint64(8) | distinct % np.uint64(32), return_counts=True)
+    most = np.zeros(int(wanted[-1] >> np.uint64(8)) + 1, np.int64)
+    np.maximum.at(most, (wanted >> np.uint64(8)).astype(np.int64), counts)
+    return int(np.unique(groups).size), int(most.sum())

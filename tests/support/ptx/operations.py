@@ -1,4 +1,4 @@
-"""What the instructions of PTX mean, for all lanes at once: those that our kernels use, and no other.
+"""What the instructions of PTX mean, for all lanes at once: those that our kernels use, and no others.
 
 An instruction is known by its whole name, so one that flushes subnormals, divides approximately, rounds another way or
 adds by atomics is an error when a kernel with it is linked.
@@ -151,12 +151,24 @@ def fused(a: Array, b: Array, c: Array) -> Array:
 
 def quotient(a: Array, b: Array) -> Array:
     """Of integers, towards zero."""
-    if (b == 0).any():
-        raise KernelError(
-            "a division of integers by zero", int(np.argmax(np.broadcast_to(b == 0, np.broadcast(a, b).shape)))
-        )
     floor = a // b
-    return floor + ((floor < 0) & (floor * b != a))
+    return np.asarray(floor + ((floor < 0) & (floor * b != a)))
+
+
+@meaning(r"div\.(?P<t>[us](16|32|64))")
+def divide(kernel: Kernel, instruction: Instruction, match: re.Match[str]) -> Step:
+    to, *sources = instruction.operands
+    write = writer(kernel, to)
+    dividend_of, divisor_of = (reader(kernel, operand, DTYPES[match["t"]]) for operand in sources)
+
+    def step(machine: Machine) -> None:
+        divisor = divisor_of(machine)
+        zero = machine.of_active(divisor) == 0
+        if zero.any():
+            raise KernelError("a division of integers by zero", int(np.argmax(zero)))
+        write(machine, quotient(dividend_of(machine), divisor))
+
+    return step
 
 
 def permuted(a: Array, b: Array, selector: Array) -> Array:
@@ -201,19 +213,10 @@ for name, compute in {
     "max": np.maximum,
 }.items():
     elementwise(rf"{name}\.{INTEGER}", "t", "t t", compute)
-elementwise(rf"div\.{INTEGER}", "t", "t t", quotient)
-elementwise(rf"rem\.{INTEGER}", "t", "t t", lambda a, b: a - quotient(a, b) * b)
-elementwise(rf"neg\.{INTEGER}", "t", "t", np.negative)
 elementwise(rf"mad\.lo\.{INTEGER}", "t", "t t t", lambda a, b, c: a * b + c)
-for kind in "us":
-    for size in (16, 32):
-        wide = DTYPES[f"{kind}{2 * size}"]
-        elementwise(
-            rf"mul\.wide\.{kind}{size}",
-            f"{kind}{2 * size}",
-            f"{kind}{size} {kind}{size}",
-            lambda a, b, wide=wide: a.astype(wide) * b.astype(wide),
-        )
+elementwise(r"mul\.wide\.s32", "s64", "s32 s32", lambda a, b: a.astype(np.int64) * b.astype(np.int64))
+elementwise(r"mul\.wide\.u16", "u32", "u16 u16", lambda a, b: a.astype(np.uint32) * b.astype(np.uint32))
+elementwise(r"mul\.wide\.u32", "u64", "u32 u32", lambda a, b: a.astype(np.uint64) * b.astype(np.uint64))
 elementwise(rf"and\.{BITS}", "t", "t t", np.bitwise_and)
 elementwise(rf"or\.{BITS}", "t", "t t", np.bitwise_or)
 elementwise(rf"xor\.{BITS}", "t", "t t", np.bitwise_xor)
@@ -235,9 +238,6 @@ elementwise(r"fma\.rn\.f32", "f32", "f32 f32 f32", fused)
 elementwise(r"rcp\.rn\.f32", "f32", "f32", lambda a: np.float32(1) / a)
 elementwise(r"neg\.f32", "b32", "b32", lambda a: a ^ np.uint32(1 << 31))
 elementwise(r"abs\.f64", "f64", "f64", np.abs)
-elementwise(r"abs\.f32", "b32", "b32", lambda a: a & np.uint32((1 << 31) - 1))
-elementwise(r"max\.f32", "f32", "f32 f32", np.fmax)
-elementwise(r"min\.f32", "f32", "f32 f32", np.fmin)
 
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal,
@@ -247,25 +247,16 @@ COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "gt": np.greater,
     "ge": np.greater_equal,
 }
-for name, compare in COMPARISONS.items():  # of floats: false if one is NaN; with a u: true
+for name, compare in COMPARISONS.items():  # of floats: false if one is NaN
     elementwise(rf"setp\.{name}\.(?P<t>[bsu](16|32|64)|f32)", "pred", "t t", compare)
-    elementwise(
-        rf"setp\.{name}u\.f32", "pred", "f32 f32", lambda a, b, compare=compare: compare(a, b) | (a != a) | (b != b)
-    )
 elementwise(r"setp\.num\.(?P<t>f32)", "pred", "t t", lambda a, b: (a == a) & (b == b))
-elementwise(r"setp\.nan\.(?P<t>f32)", "pred", "t t", lambda a, b: (a != a) | (b != b))
 
 elementwise(r"cvt\.(?P<to>[us](8|16|32|64))\.(?P<t>[us](8|16|32|64))", "to", "t", lambda a: a)
 elementwise(r"cvt\.(?P<to>f32|f64)\.(?P<t>f16|f32)", "to", "t", lambda a: a)  # to a wider one
 elementwise(r"cvt\.rn\.f32\.(?P<t>f64|[us]32|[us]64)", "f32", "t", lambda a: a)
-elementwise(r"cvt\.rn\.f16\.f32", "b16", "f32", float16_bits)
-elementwise(r"cvt\.rn\.bf16\.f32", "b16", "f32", bfloat16_bits)
-elementwise(r"cvt\.f32\.bf16", "b32", "b16", lambda a: a.astype(np.uint32) << np.uint32(16))
 elementwise(r"cvt\.rn\.f16x2\.f32", "b32", "f32 f32", lambda a, b: side_by_side(float16_bits(a), float16_bits(b)))
 elementwise(r"cvt\.rn\.bf16x2\.f32", "b32", "f32 f32", lambda a, b: side_by_side(bfloat16_bits(a), bfloat16_bits(b)))
-elementwise(
-    r"cvta(\.to)?\.(global|local|shared|const)\.u64", "u64", "u64", lambda a: a
-)  # loads and stores say the space
+elementwise(r"cvta(\.to)?\.(global|local|shared|const)\.u64", "u64", "u64", lambda a: a)  # loads say the space
 
 
 @meaning(r"mov\.(?P<t>[bsuf](16|32|64)|pred)")
@@ -378,7 +369,7 @@ def wait(kernel: Kernel, instruction: Instruction, match: re.Match[str]) -> Step
 # --- Lanes of a warp together ---------------------------------------------------------------------------------------
 
 
-@meaning(r"shfl\.sync\.(?P<mode>idx|bfly|up|down)\.b32")
+@meaning(r"shfl\.sync\.(?P<mode>idx|bfly)\.b32")
 def shuffle(kernel: Kernel, instruction: Instruction, match: re.Match[str]) -> Step:
     to, *sources = instruction.operands
     targets = parts_of(to)
@@ -393,13 +384,8 @@ def shuffle(kernel: Kernel, instruction: Instruction, match: re.Match[str]) -> S
         clamp = machine.full(clamp_of(machine)).reshape(-1, WARP).astype(np.int64)
         lane, segment, most = np.arange(WARP), clamp >> 8 & 31, clamp & 31
         last = lane & segment | most & ~segment
-        source = {
-            "idx": lane & segment | wanted & ~segment,
-            "bfly": lane ^ wanted,
-            "up": lane - wanted,
-            "down": lane + wanted,
-        }[match["mode"]]
-        valid = source >= last if match["mode"] == "up" else source <= last
+        source = lane & segment | wanted & ~segment if match["mode"] == "idx" else lane ^ wanted
+        valid = source <= last
         result = np.take_along_axis(value, np.where(valid, source, lane), axis=1)
         write(machine, result.reshape(-1))
         write_valid(machine, valid.reshape(-1))

@@ -88,7 +88,7 @@ class Module:
 
 VARIABLE = re.compile(
     r"\.(?P<space>const|global|shared|local|param)\s+(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)\s+"
-    r"(?P<name>[\w$]+)(?P<count>\[\d*\])?(?:\s*=\s*\{(?P<values>[^}]*)\})?"
+    r"(?P<name>[\w$]+)(?P<count>\[\d*\])?(?:\s*=\s*\{?(?P<values>[^};]*)\}?)?"
 )
 FUNCTION = re.compile(
     r"\.(?:entry|func)\s+(?:\((?P<results>[^)]*)\)\s*)?(?P<name>[\w$]+)\s*(?:\((?P<parameters>[^)]*)\))?"
@@ -101,6 +101,8 @@ REGISTERS = re.compile(r"\.reg\s+\.(?P<type>\w+)\s+(?P<names>.*)", re.DOTALL)
 
 def variable_of(match: re.Match[str]) -> Variable:
     size = SIZES[match["type"]]
+    if match["values"] is not None and (size != 1 or not match["count"]):
+        raise NotImplementedError(f"a variable that is not given byte by byte: {match[0]}")
     image = bytes(int(value) for value in match["values"].split(",")) if match["values"] else b""
     count = int(match["count"][1:-1] or 0) if match["count"] else 1
     return Variable(match["name"], match["space"], size * count, int(match["align"] or size), image)
@@ -145,8 +147,11 @@ def parse_function(head: re.Match[str], body: str) -> Function:
     if limit := re.search(r"\.maxntid (\d+)", head["limits"]):
         function.most_threads = int(limit[1])
     scopes: list[dict[str, str]] = [{}]  # names of an inner scope, and what they are called in the whole function
-    count = 0
+    count = at = 0
     for match in STATEMENT.finditer(body):
+        if body[at : match.start()].strip():
+            raise NotImplementedError(f"{function.name}: what is this? {body[at : match.start()].strip()}")
+        at = match.end()
         if match["brace"] == "{":
             scopes.append({})
             count += 1
@@ -163,11 +168,13 @@ def parse_function(head: re.Match[str], body: str) -> Function:
             elif variable := VARIABLE.match(statement):
                 if variable["space"] != "param":
                     function.variables.append(variable_of(variable))
+                elif variable["count"]:
+                    raise NotImplementedError(f"{function.name}: a call with an argument of several words: {statement}")
                 else:  # an argument of a call: a register that no other call uses
                     name = variable["name"]
                     scopes[-1][name] = f"{name}@{count}"
                     function.registers[f"{name}@{count}"] = SIZES[variable["type"]]
-            elif not statement.startswith("."):
+            elif not statement.startswith((".pragma", ".loc")):
                 function.body.append(parse_instruction(statement, scopes))
     return function
 
