@@ -31,7 +31,7 @@ pytest = OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 2 --dist loadfile
 test: setup
 	@$(pytest) $(PYTEST_ARGS)
 
-# It leaves out one test in eleven, five sixths of the time: kernels compiled apart (sanitizers, other processors, every
+# It leaves out one test in nine, five sixths of the time: kernels compiled apart (sanitizers, other processors, CUDA, every
 # float), the operators under the sanitizers, programs in C and C++, CMake, wheel and sdist, compiled and ONNX models, the
 # benchmarks' suites, the demo, what is tried in a fresh Python (exports, imports, setup.py), and the longest runs over
 # memory caps, kills and large files. So nothing tests here that it builds elsewhere than where it was built: run a folder
