@@ -33,10 +33,10 @@ def refuse_misaligned(addresses: Array, size: int) -> None:
 
 
 class Buffer:
-    """A piece of global memory that a test made: ``size`` bytes, of which those from ``first`` on have content."""
+    """A piece of global memory that a test made; what is there of its content lies at ``place``."""
 
-    def __init__(self, memory: Memory, address: int, first: int, place: slice) -> None:
-        self.memory, self.address, self.first, self.place = memory, address, first, place
+    def __init__(self, memory: Memory, address: int, place: slice) -> None:
+        self.memory, self.address, self.place = memory, address, place
 
     def bytes(self) -> Array:
         """A copy of the content. KernelError if the kernels left a byte unwritten."""
@@ -99,7 +99,7 @@ class Memory:
         self.starts = np.append(self.starts, np.uint64(address + first))
         self.places = np.append(self.places, np.uint64(place))
         self.sizes = np.append(self.sizes, np.uint64(count))
-        return Buffer(self, address, first, slice(place, place + count))
+        return Buffer(self, address, slice(place, place + count))
 
     def begin_launch(self) -> None:
         self.state &= self.READABLE | self.WRITABLE
@@ -134,8 +134,7 @@ class Memory:
         writable, touched = (
             unsigned(int.from_bytes(bytes([flag]) * size, "little")) for flag in (self.WRITABLE, self.TOUCHED)
         )
-        if (state & writable != writable).any():
-            refuse(state & writable != writable, "a store to an input", addresses)
+        refuse(state & writable != writable, "a store to an input", addresses)
         of_touched_bytes = (state & touched) // unsigned(self.TOUCHED) * unsigned(255)
         refuse((content[at] ^ values) & of_touched_bytes != 0, "two values for one place", addresses)
         content[at] = values
