@@ -1,9 +1,10 @@
 # One command each. All but `clean` and `gpu-check` first set up .venv (scripts/setup.sh): seconds when it is up to date.
-.PHONY: help setup demo test test-fast fuzz compatibility lint format bench gpu-check clean
+.PHONY: help setup demo test test-sanitized test-fast fuzz compatibility lint format bench gpu-check clean
 
 help:
 	@echo "make demo    quantize a real sentence model, compare it with the dense one, convert, verify, inspect"
 	@echo "make test    the whole test suite             AREA=\"nn checkpoint\" runs these folders of tests alone"
+	@echo "make test-sanitized  the operators under the address and undefined-behaviour sanitizers: two minutes"
 	@echo "make test-fast  what neither builds nor sweeps: two minutes (what is left out: Makefile)"
 	@echo "make fuzz    the readers under a coverage-guided fuzzer (a minute each of four targets; FUZZ_ARGS=--seconds=600)"
 	@echo "make compatibility  build and test with every torch and compiler of noxfile.py (an hour, 40 GB)"
@@ -29,15 +30,18 @@ endif
 pytest = OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix tests/,$(AREA))
 
 test: setup
-	@$(pytest) $(PYTEST_ARGS)
+	@$(pytest) -m "not sanitized" $(PYTEST_ARGS)
+
+test-sanitized: setup
+	@.venv/bin/python -m pytest -m sanitized tests/operators $(PYTEST_ARGS)
 
 # It leaves out one test in nine, five sixths of the time: kernels compiled apart (sanitizers, other processors, CUDA, every
-# float), the operators under the sanitizers, programs in C and C++, CMake, wheel and sdist, compiled and ONNX models, the
+# float), programs in C and C++, CMake, wheel and sdist, compiled and ONNX models, the
 # benchmarks' suites, the demo, what is tried in a fresh Python (exports, imports, setup.py), and the longest runs over
 # memory caps, kills and large files. So nothing tests here that it builds elsewhere than where it was built: run a folder
 # in full before you commit, and .ci/run before it lands.
 test-fast: setup
-	@$(pytest) -m "not builds and not compiles and not sweeps" $(PYTEST_ARGS)
+	@$(pytest) -m "not sanitized and not builds and not compiles and not sweeps" $(PYTEST_ARGS)
 
 fuzz: setup
 	@scripts/fuzz.sh $(FUZZ_ARGS)

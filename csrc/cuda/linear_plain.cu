@@ -6,7 +6,7 @@
 // of levels by one look-up in a table there, of which every lane of a half warp has a copy of its own: no bank
 // conflicts.
 #include "csrc/cuda/device.cuh"
-#include "csrc/cuda/kernels.h"
+#include "csrc/cuda/linear.h"
 
 namespace squish::cuda {
 namespace {

@@ -15,7 +15,7 @@
 #include <type_traits>
 
 #include "csrc/cuda/device.cuh"
-#include "csrc/cuda/kernels.h"
+#include "csrc/cuda/linear.h"
 
 namespace squish::cuda {
 namespace {
@@ -48,7 +48,7 @@ __device__ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uin
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 #else
-  __trap();  // linear_few_takes() has said no
+  __trap();  // linear_small_m_takes() has said no
 #endif
 }
 
@@ -85,7 +85,7 @@ __device__ inline void copy_float(const float* from, float* to) {
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
 #else
-  __trap();  // linear_few_takes() has said no
+  __trap();  // linear_small_m_takes() has said no
 #endif
 }
 __device__ inline void wait_for_copies() {
@@ -339,7 +339,7 @@ int multiprocessors() {
   return count;
 }
 
-bool linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size) {
+bool linear_small_m_takes(int64_t m, int64_t n, int64_t d, int64_t group_size) {
   const bool is_power_of_two = (group_size & (group_size - 1)) == 0;
   if (!is_power_of_two || group_size < kLaneColumns || d == 0 || d % kChunk != 0 || d >= int64_t{1} << 24) return false;
   // More activations would read the weight twice, and cuBLAS on a decoded weight is faster than that.
@@ -351,14 +351,14 @@ bool linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size) {
   return major >= 8 && shared >= shared_bytes(d, group_size);
 }
 
-bool linear_few_reads_x(int64_t m, int64_t group_size) { return tiles_for(m, group_size) <= 2; }
+bool linear_small_m_reads_x(int64_t m, int64_t group_size) { return tiles_for(m, group_size) <= 2; }
 
-int64_t linear_few_scratch(int64_t m, int64_t d, int64_t group_size) {
+int64_t linear_small_m_scratch(int64_t m, int64_t d, int64_t group_size) {
   return std::max(tiles_for(m, group_size), 2) * 8 / parts_of(group_size) * d;
 }
 
 template <typename T>
-cudaError_t linear_few(const FewActivations<T>& call, cudaStream_t stream) {
+cudaError_t linear_small_m(const FewActivations<T>& call, cudaStream_t stream) {
   switch (parts_of(call.group_size)) {
     case 4:
       return launch_for<4>(call, stream);
@@ -369,7 +369,7 @@ cudaError_t linear_few(const FewActivations<T>& call, cudaStream_t stream) {
   }
 }
 
-template cudaError_t linear_few(const FewActivations<nf4::BFloat16>&, cudaStream_t);
-template cudaError_t linear_few(const FewActivations<nf4::Float16>&, cudaStream_t);
+template cudaError_t linear_small_m(const FewActivations<nf4::BFloat16>&, cudaStream_t);
+template cudaError_t linear_small_m(const FewActivations<nf4::Float16>&, cudaStream_t);
 
 }  // namespace squish::cuda

@@ -10,7 +10,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <type_traits>
+#include <algorithm>
 
 #include "csrc/cuda/kernels.h"
 #include "csrc/ops/checks.h"
@@ -31,14 +31,32 @@ void for_each_tile(const Tensor& packed, const Tensor& scales, int64_t group_siz
   ops::for_each_tile(packed, d, dtype, kTileBytes, decode, use);
 }
 
+// out = a b + addend, if there is one. Float32 products of more than kChain terms are added in parts: a library adds in
+// one chain, and with 4096 terms its error is above 1e-6.
+void multiply_add(const Tensor& a, const Tensor& b, const Tensor& addend, const Tensor& out) {
+  constexpr int64_t kChain = 2048;
+  const int64_t terms = a.size(1), chain = a.scalar_type() == at::kFloat ? kChain : terms;
+  Tensor sum = out;
+  for (int64_t first = 0; first < terms; first += chain) {
+    const int64_t count = std::min(chain, terms - first);
+    const Tensor left = a.narrow(1, first, count), right = b.narrow(0, first, count);
+    if (first > 0) {
+      at::addmm_out(sum, sum, left, right);
+    } else if (addend.defined()) {
+      at::addmm_out(sum, addend, left, right);
+    } else {
+      at::mm_out(sum, left, right);
+    }
+  }
+}
+
 // a b in float32, whatever their dtype.
 Tensor multiply(const Tensor& a, const Tensor& b) {
   if (a.size(1) == 0) return at::zeros({a.size(0), b.size(1)}, a.options().dtype(at::kFloat));
-  return a.scalar_type() == at::kFloat ? at::mm(a, b) : at::mm(a, b, at::kFloat);
-}
-
-bool is_aligned(const Tensor& tensor, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+  if (a.scalar_type() != at::kFloat) return at::mm(a, b, at::kFloat);
+  Tensor product = at::empty({a.size(0), b.size(1)}, a.options());
+  multiply_add(a, b, Tensor(), product);
+  return product;
 }
 
 template <typename T>
@@ -49,47 +67,31 @@ const T* data_of(const Tensor& tensor) {
 // The product on the packed weight itself, for few activations. False if no kernel takes these arguments.
 bool multiply_few(const Tensor& rows, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
                   int64_t group_size, const Tensor& y) {
-  const int64_t m = rows.size(0), n = packed.size(0), d = packed.size(1) * 2;
-  const bool tensor_cores =
-      rows.scalar_type() != at::kFloat && is_aligned(packed, 16) && cuda::linear_few_takes(m, n, d, group_size);
-  const int most = rows.scalar_type() == at::kFloat ? cuda::kMostPlainActivations<float>
-                                                    : cuda::kMostPlainActivations<nf4::BFloat16>;
-  if (!tensor_cores && (m > most || d > cuda::kMostPlainColumns)) return false;
-  const Tensor x = rows.stride(1) == 1 ? rows : rows.contiguous();
-  Tensor scratch;
-  if (tensor_cores) {
-    const bool as_it_is =
-        cuda::linear_few_reads_x(m, group_size) && x.size(1) == d && x.is_contiguous() && is_aligned(x, 16);
-    if (!as_it_is) scratch = at::empty({cuda::linear_few_scratch(m, d, group_size)}, x.options());
-  }
-  const Tensor any_bias = is_given(bias) ? bias->contiguous() : Tensor();
-  const bool same = any_bias.defined() && any_bias.scalar_type() == x.scalar_type();
-  const Tensor bias32 = any_bias.defined() && !same ? any_bias.to(at::kFloat) : Tensor();
-  with_storage_type(x.scalar_type(), [&](auto zero) {
+  bool taken = false;
+  with_storage_type(rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const cuda::FewActivations<T> call{.x = data_of<T>(x),
-                                       .packed = packed.const_data_ptr<uint8_t>(),
-                                       .scales = scales.const_data_ptr<float>(),
-                                       .bias = same ? data_of<T>(any_bias) : nullptr,
-                                       .bias32 = data_of<float>(bias32),
-                                       .y = static_cast<T*>(y.mutable_data_ptr()),
-                                       .scratch = scratch.defined() ? scratch.mutable_data_ptr() : nullptr,
-                                       .m = m,
-                                       .n = n,
-                                       .d = d,
-                                       .x_columns = x.size(1),
-                                       .x_stride = x.stride(0),
-                                       .group_size = group_size};
-    const auto stream = c10::cuda::getCurrentCUDAStream().stream();
-    if constexpr (!std::is_same_v<T, float>) {
-      if (tensor_cores) {
-        C10_CUDA_CHECK(cuda::linear_few(call, stream));
-        return;
-      }
-    }
-    C10_CUDA_CHECK(cuda::linear_plain(call, stream));
+    cuda::FewActivations<T> call{.packed = data_of<uint8_t>(packed),
+                                 .scales = data_of<float>(scales),
+                                 .y = static_cast<T*>(y.mutable_data_ptr()),
+                                 .m = rows.size(0),
+                                 .n = packed.size(0),
+                                 .d = packed.size(1) * 2,
+                                 .x_columns = rows.size(1),
+                                 .group_size = group_size};
+    taken = cuda::linear_takes(call);
+    if (!taken) return;
+    const Tensor x = rows.stride(1) == 1 ? rows : rows.contiguous();
+    call.x = data_of<T>(x), call.x_stride = x.stride(0);
+    const Tensor any_bias = is_given(bias) ? bias->contiguous() : Tensor();
+    const bool same = any_bias.defined() && any_bias.scalar_type() == x.scalar_type();
+    const Tensor bias32 = any_bias.defined() && !same ? any_bias.to(at::kFloat) : Tensor();
+    call.bias = same ? data_of<T>(any_bias) : nullptr, call.bias32 = data_of<float>(bias32);
+    const int64_t size = cuda::linear_scratch(call);
+    const Tensor scratch = size > 0 ? at::empty({size}, x.options()) : Tensor();
+    if (size > 0) call.scratch = scratch.mutable_data_ptr();
+    C10_CUDA_CHECK(cuda::linear(call, c10::cuda::getCurrentCUDAStream().stream()));
   });
-  return true;
+  return taken;
 }
 
 // Whether a product of rows x columns has tiles enough for every multiprocessor. If not, a library may split the sum
@@ -101,16 +103,13 @@ bool fills_the_gpu(int64_t rows, int64_t columns) {
 
 // y = x W' + bias for some rows of the weight, which are columns of y, and the same of the bias.
 void multiply_into(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& y) {
-  Tensor out = y;
   const bool same = !bias.defined() || bias.scalar_type() == x.scalar_type();
   if (x.size(1) == 0 || !same || !fills_the_gpu(x.size(0), weight.size(0))) {
     const Tensor product = multiply(x, weight.t());
     if (bias.defined()) product.add_(bias);
-    out.copy_(product);
-  } else if (bias.defined()) {
-    at::addmm_out(out, bias, x, weight.t());
+    y.copy_(product);
   } else {
-    at::mm_out(out, x, weight.t());
+    multiply_add(x, weight.t(), bias, y);
   }
 }
 
@@ -158,7 +157,7 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
     const Tensor sum = whole ? Tensor() : at::zeros({count, d}, dy.options().dtype(at::kFloat));
     for_each_tile(bytes, scale, group_size, d, dy.scalar_type(), [&](int64_t row, const Tensor& tile) {
       if (whole) {
-        at::mm_out(out, rows.narrow(0, first, count), tile);
+        multiply_add(rows.narrow(0, first, count), tile, Tensor(), out);
         return;
       }
       sum.add_(multiply(rows.narrow(0, first, count).narrow(1, row, tile.size(0)), tile));

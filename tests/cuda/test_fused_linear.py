@@ -155,7 +155,7 @@ def test_float32_is_as_exact_as_on_the_cpu(gpu: Gpu) -> None:
 def test_nan_and_infinity_come_through(gpu: Gpu, dtype: torch.dtype) -> None:
     packed, scales = inputs.packed_weight(32, 256, 64)
     scales[3, 1], scales[5, 2] = math.nan, math.inf
-    for m in (1, 8):
+    for m in (1, 8) if isinstance(gpu, ExecutedGpu) else (1, 8, 40, 200):  # the last two on a decoded weight
         x = inputs.normal(m, 256).to(dtype)
         y = gpu.linear_nf4(gpu.put(x), gpu.put(packed), gpu.put(scales), None, 64).cpu()
         assert bool(y[:, 3].isnan().all())

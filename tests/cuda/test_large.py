@@ -11,9 +11,9 @@ import torch
 
 from tests.support import cuda_inputs as inputs
 from tests.support.cuda_inputs import bits
-from tests.support.gpus import ExecutedGpu, tensor_of
+from tests.support.gpus import ExecutedGpu, end_of, end_of_output, name_of, tensor_of
 from tests.support.products import assert_product
-from tests.support.ptx.memory import Buffer, Memory
+from tests.support.ptx.memory import Memory
 
 OPS = torch.ops.squish
 ROWS, COLUMNS, GROUP_SIZE = 2**21, 4096, 64  # of a weight: 2^33 columns, 2^32 packed bytes
@@ -30,16 +30,6 @@ def memory(executed: ExecutedGpu) -> Iterator[Memory]:
     executed.gpu.only = None
 
 
-def end_of(memory: Memory, tensor: torch.Tensor, elements: int) -> Buffer:
-    """An input of so many elements, of which ``tensor`` is the end."""
-    size = tensor.element_size()
-    return memory.part_of_input(size * elements, size * (elements - tensor.numel()), bits(tensor).numpy())
-
-
-def end_of_output(memory: Memory, size: int, elements: int, count: int) -> Buffer:
-    return memory.part_of_output(size * elements, size * (elements - count), size * count)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dequantize(executed: ExecutedGpu, memory: Memory, dtype: torch.dtype) -> None:
     packed, scales = inputs.packed_weight(1, 4096, GROUP_SIZE)
@@ -48,7 +38,7 @@ def test_dequantize(executed: ExecutedGpu, memory: Memory, dtype: torch.dtype) -
     blocks = 2 if dtype == torch.bfloat16 else 4
     executed.gpu.only = lambda all_blocks: range(all_blocks - blocks, all_blocks)
     out = end_of_output(memory, dtype.itemsize, count, 4096)
-    executed.gpu.call(f"dequantize_{str(dtype)[6:]}", *given, count, GROUP_SIZE, out)
+    executed.gpu.call(f"dequantize_{name_of(dtype)}", *given, count, GROUP_SIZE, out)
     expected = OPS.dequantize_nf4(packed, scales, GROUP_SIZE, dtype=dtype)
     assert torch.equal(tensor_of(out, dtype, 1, 4096), expected)
 
@@ -66,22 +56,25 @@ def test_survey(executed: ExecutedGpu, memory: Memory) -> None:
     assert torch.equal(tensor_of(out, torch.float64, 8, 4), OPS._survey_nf4(w, packed, scales, GROUP_SIZE))
 
 
-@pytest.mark.parametrize(("launcher", "dtype"), [("few", torch.bfloat16), ("plain", torch.float32)])
-def test_linear(executed: ExecutedGpu, memory: Memory, launcher: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_linear(executed: ExecutedGpu, memory: Memory, dtype: torch.dtype) -> None:
     packed, scales = inputs.packed_weight(LAST, COLUMNS, GROUP_SIZE)
     x = inputs.normal(1, COLUMNS, seed=9).to(dtype)
     elements = ROWS * COLUMNS
     given = end_of(memory, packed, elements // 2), end_of(memory, scales, elements // GROUP_SIZE)
     y = end_of_output(memory, dtype.itemsize, ROWS, LAST)
     executed.gpu.call(
-        f"linear_{launcher}_{str(dtype)[6:]}",
+        f"linear_{name_of(dtype)}",
         *(memory.upload(bits(x).numpy()), *given, None, None, y, None),
         *(1, ROWS, COLUMNS, COLUMNS, COLUMNS, GROUP_SIZE),
     )
+    assert ("multiply_plain" in executed.gpu.launched[-1]) == (dtype == torch.float32)
     weight = OPS.dequantize_nf4(packed, scales, GROUP_SIZE)
-    assert_product(tensor_of(y, dtype, 1, LAST), x, weight.t(), None, launcher)
+    assert_product(tensor_of(y, dtype, 1, LAST), x, weight.t(), None, str(dtype))
 
 
-def test_a_size_beyond_shared_memory_is_not_taken(executed: ExecutedGpu) -> None:
-    assert executed.takes(1, 64, 16384, 64)
-    assert not executed.takes(1, 64, 131_072, 32)
+def test_scales_beyond_shared_memory_are_not_taken(executed: ExecutedGpu) -> None:
+    """20 activations are too many without tensor cores, whose kernel holds the scales of 32 rows."""
+    for d, taken in ((16384, True), (131_072, False)):
+        sizes = 20, 64, d, d, d, GROUP_SIZE
+        assert executed.gpu.ask("linear_bfloat16_takes", *[None] * 7, *sizes) == taken

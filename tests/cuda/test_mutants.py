@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from tests.support import ROOT
 from tests.support import cuda_inputs as inputs
 from tests.support.cuda_inputs import assert_same_bits
-from tests.support.gpus import ExecutedGpu
+from tests.support.gpus import ExecutedGpu, end_of, end_of_output
 from tests.support.products import assert_product
 from tests.support.ptx.host import compile_mutant
 from tests.support.ptx.memory import KernelError
@@ -51,6 +52,8 @@ def dequantize(d: int, group_size: int, dtype: torch.dtype) -> Check:
 
 
 def linear(d: int, group_size: int, m: int = 3, width: int = 0, dtype: torch.dtype = torch.bfloat16) -> Check:
+    """Of float32: without tensor cores."""
+
     def check(gpu: ExecutedGpu) -> None:
         packed, scales = inputs.packed_weight(40, d, group_size)
         x, bias = inputs.normal(m, width or d, seed=9).to(dtype), inputs.normal(40, seed=10).to(dtype)
@@ -71,15 +74,36 @@ def quantize_beyond_32_bits(gpu: ExecutedGpu) -> None:
     d, group_size, tail = 2**31 + 4096, 64, 4096
     w = inputs.normal(1, tail).float()
     memory = gpu.gpu.reset()
-    given = memory.part_of_input(4 * d, 4 * (d - tail), w.numpy())
-    packed = memory.part_of_output(d // 2, (d - tail) // 2, tail // 2)
-    scales = memory.part_of_output(4 * d // group_size, 4 * (d - tail) // group_size, 4 * tail // group_size)
+    given = end_of(memory, w, d)
+    packed = end_of_output(memory, 1, d // 2, tail // 2)
+    scales = end_of_output(memory, 4, d // group_size, tail // group_size)
     gpu.gpu.only = lambda blocks: range(blocks - 2, blocks)
     try:
         gpu.gpu.call("quantize_float32", given, 1, d, d, group_size, packed, scales)
     finally:
         gpu.gpu.only = None
     assert packed.bytes().tobytes() == OPS.quantize_nf4(w, group_size)[0].numpy().tobytes()
+
+
+# The types that the checks above take; a mutant is compiled for no others, for that is most of its time.
+TYPES = {
+    "quantize": ("float",),
+    "dequantize": ("float", "nf4::BFloat16"),
+    "survey": ("float",),
+    "linear_small_m": ("nf4::BFloat16",),
+    "linear_plain": ("float",),
+}
+
+
+def for_types(source: str, types: tuple[str, ...]) -> str:
+    """The source of a kernel without what it is instantiated for beside these types."""
+    instances = re.findall(r"^(?:SQUISH_INSTANTIATE_\w+\(|template .*FewActivations<)([\w:]+)\b.*;\n", source, re.M)
+    assert set(types) <= set(instances)
+    for other in set(instances) - set(types):
+        source = re.sub(
+            rf"^(SQUISH_INSTANTIATE_\w+\(|template .*FewActivations<){other}\b.*;\n", "", source, flags=re.M
+        )
+    return source
 
 
 @dataclass(frozen=True)
@@ -161,7 +185,7 @@ MUTANTS = {
         "linear_plain",
         "float sum[kRows][kM] = {};",
         "float sum[kRows][kM];",
-        linear(64, 8),
+        linear(64, 8, dtype=torch.float32),
     ),
     "no wait for the copies of the scales": Mutant(
         "linear_small_m",
@@ -209,19 +233,19 @@ MUTANTS = {
         "linear_plain",
         "scales[scales_at[r] + (column + 1) / group_size]",
         "scales[scales_at[r] + column / group_size]",
-        linear(60, 3),
+        linear(60, 3, dtype=torch.float32),
     ),
     "a row past the last one": Mutant(
         "linear_plain",
         "a < activations && row <= last_row",
         "a < activations && row <= last_row + 1",
-        linear(64, 8),
+        linear(64, 8, dtype=torch.float32),
     ),
     "the first activations for all blocks": Mutant(
         "linear_plain",
         "call.x + first_activation * call.x_stride",
         "call.x",
-        linear(64, 8, m=12),
+        linear(64, 8, m=12, dtype=torch.float32),
     ),
     "sums that are added in another order": Mutant(
         "survey",
@@ -255,7 +279,7 @@ def test_a_mutant_is_found(executed: ExecutedGpu, name: str, tmp_path: Path) -> 
     source = (ROOT / "csrc" / "cuda" / f"{mutant.file}.cu").read_text()
     assert source.count(mutant.was) == 1, "the mutant has to be written anew: the kernel has changed"
     path = tmp_path / f"{mutant.file}.cu"
-    path.write_text(source.replace(mutant.was, mutant.becomes))
+    path.write_text(for_types(source.replace(mutant.was, mutant.becomes), TYPES[mutant.file]))
     library = compile_mutant(str(shutil.which("nvcc")), path, tmp_path, executed.library)
     gpu = ExecutedGpu(library)
     for kernel in gpu.gpu.entries():

@@ -136,16 +136,19 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
                                 static_cast<const float*>(scales), row_bytes, group_size, static_cast<double*>(out), \
                                 nullptr);                                                                            \
   }
-#define LINEAR(name, function, T)                                                                                     \
-  int name(const void* x, const void* packed, const void* scales, const void* bias, const void* bias32, void* y,      \
-           void* scratch, int64_t m, int64_t n, int64_t d, int64_t x_columns, int64_t x_stride, int64_t group_size) { \
-    return squish::cuda::function(                                                                                    \
-        squish::cuda::FewActivations<T>{static_cast<const T*>(x), static_cast<const uint8_t*>(packed),                \
-                                        static_cast<const float*>(scales), static_cast<const T*>(bias),               \
-                                        static_cast<const float*>(bias32), static_cast<T*>(y), scratch, m, n, d,      \
-                                        x_columns, x_stride, group_size},                                             \
-        nullptr);                                                                                                     \
+#define LINEAR_PARAMETERS                                                                                              \
+  const void *x, const void *packed, const void *scales, const void *bias, const void *bias32, void *y, void *scratch, \
+      int64_t m, int64_t n, int64_t d, int64_t x_columns, int64_t x_stride, int64_t group_size
+#define LINEAR_CALL(T)                                                                                        \
+  squish::cuda::FewActivations<T> {                                                                           \
+    static_cast<const T*>(x), static_cast<const uint8_t*>(packed), static_cast<const float*>(scales),         \
+        static_cast<const T*>(bias), static_cast<const float*>(bias32), static_cast<T*>(y), scratch, m, n, d, \
+        x_columns, x_stride, group_size                                                                       \
   }
+#define LINEAR(name, T)                                                                          \
+  int name(LINEAR_PARAMETERS) { return squish::cuda::linear(LINEAR_CALL(T), nullptr); }          \
+  int64_t name##_takes(LINEAR_PARAMETERS) { return squish::cuda::linear_takes(LINEAR_CALL(T)); } \
+  int64_t name##_scratch(LINEAR_PARAMETERS) { return squish::cuda::linear_scratch(LINEAR_CALL(T)); }
 
 QUANTIZE(quantize_float32, float)
 QUANTIZE(quantize_float64, double)
@@ -158,18 +161,8 @@ SURVEY(survey_float32, float)
 SURVEY(survey_float64, double)
 SURVEY(survey_bfloat16, squish::nf4::BFloat16)
 SURVEY(survey_float16, squish::nf4::Float16)
-LINEAR(linear_few_bfloat16, linear_few, squish::nf4::BFloat16)
-LINEAR(linear_few_float16, linear_few, squish::nf4::Float16)
-LINEAR(linear_plain_float32, linear_plain, float)
-LINEAR(linear_plain_bfloat16, linear_plain, squish::nf4::BFloat16)
-LINEAR(linear_plain_float16, linear_plain, squish::nf4::Float16)
-
-int linear_few_takes(int64_t m, int64_t n, int64_t d, int64_t group_size) {
-  return squish::cuda::linear_few_takes(m, n, d, group_size);
-}
-int linear_few_reads_x(int64_t m, int64_t group_size) { return squish::cuda::linear_few_reads_x(m, group_size); }
-int64_t linear_few_scratch(int64_t m, int64_t d, int64_t group_size) {
-  return squish::cuda::linear_few_scratch(m, d, group_size);
-}
+LINEAR(linear_float32, float)
+LINEAR(linear_bfloat16, squish::nf4::BFloat16)
+LINEAR(linear_float16, squish::nf4::Float16)
 
 }  // extern "C"

@@ -22,6 +22,7 @@ from squish_nf4 import _build_info, _native, library_path
 from tests.support import ROOT
 from tests.support.helpers import require
 from tests.support.processes import HIDE_PACKAGES, assert_one_sentence, run
+from tests.support.ptx.host import EXACT, NO_WARNING
 
 pytestmark = pytest.mark.sweeps  # a fresh Python for nearly every test
 
@@ -381,13 +382,12 @@ def test_cuda_library_holds_every_architecture() -> None:
 
 
 @pytest.mark.builds
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_120"])
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
-def test_kernels_compile_for_the_oldest_and_the_newest(name: str, architecture: str, tmp_path: Path) -> None:
+def test_kernels_compile_without_a_warning_for_the_oldest(name: str, tmp_path: Path) -> None:
+    """For newer ones, where other lines are compiled, cuda_budget.py does."""
     nvcc = shutil.which("nvcc")
     require("nvcc", nvcc is not None, "not on PATH")
-    flags = ["-std=c++20", "--expt-relaxed-constexpr", "-fmad=false", "-ftz=false", "-prec-div=true", f"-I{ROOT}"]
     source, target = ROOT / "csrc" / "cuda" / f"{name}.cu", tmp_path / f"{name}.o"
-    done = run([str(nvcc), *flags, f"-arch={architecture}", "-Werror", "all-warnings", "-c", source, "-o", target])
+    done = run([str(nvcc), *EXACT, *NO_WARNING, f"-I{ROOT}", "-arch=sm_75", "-c", source, "-o", target])
     assert done.returncode == 0, done.stderr
-    assert architecture in architectures(target.read_bytes())
+    assert "sm_75" in architectures(target.read_bytes())

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from tests.support import ROOT
 from tests.support.helpers import require, required_module
 from tests.support.processes import run
-from tests.support.ptx.host import EXACT
+from tests.support.ptx.host import EXACT, NO_WARNING
 
 STORED = Path(__file__).with_suffix(".json")
 ARCHITECTURES = (80, 90, 120)
@@ -94,7 +94,7 @@ def disassembled(architecture: int, folder: Path) -> dict[str, Function]:
     cubins = [folder / f"{source.stem}.{architecture}.cubin" for source in sources]
     compilers = [
         subprocess.Popen(
-            [nvcc, *EXACT, f"-arch=sm_{architecture}", f"-I{ROOT}", "-cubin", str(source), "-o", str(cubin)]
+            [nvcc, *EXACT, *NO_WARNING, f"-arch=sm_{architecture}", f"-I{ROOT}", "-cubin", source, "-o", cubin]
         )
         for source, cubin in zip(sources, cubins, strict=True)
     ]

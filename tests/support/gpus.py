@@ -11,7 +11,7 @@ from torch import Tensor
 import squish_nf4  # noqa: F401  it registers the operators
 from tests.support.cuda_inputs import bits
 from tests.support.ptx import host
-from tests.support.ptx.memory import Buffer
+from tests.support.ptx.memory import Buffer, Memory
 
 OPS = torch.ops.squish
 
@@ -79,29 +79,22 @@ class ExecutedGpu:
         self.gpu.call(launcher, self.upload(w), n, d, w.stride(0), *given, row_bytes, group_size, out)
         return tensor_of(out, torch.float64, n, 4)
 
-    def takes(self, m: int, n: int, d: int, group_size: int) -> bool:
-        """Whether the product on the packed weight itself has a kernel for these sizes."""
-        return bool(self.gpu.ask("linear_few_takes", m, n, d, group_size))
-
     def linear_nf4(self, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
         (m, columns), n, d = x.shape, packed.shape[0], 2 * packed.shape[1]
         if x.stride(1) != 1:
             x = x.contiguous()
-        self.gpu.reset()
-        y, scratch = self.gpu.memory.empty(m * n * x.element_size()), None
-        tensor_cores = x.dtype != torch.float32 and is_aligned(packed) and self.takes(m, n, d, group_size)
-        if tensor_cores:
-            as_it_is = self.gpu.ask("linear_few_reads_x", m, group_size) and columns == d and x.is_contiguous()
-            if not as_it_is or not is_aligned(x):
-                scratch = self.gpu.memory.empty(self.gpu.ask("linear_few_scratch", m, d, group_size) * x.element_size())
-        of_bias = None if bias is None else self.upload(bias)
+        memory, name = self.gpu.reset(), f"linear_{name_of(x.dtype)}"
+        y, of_bias = memory.empty(m * n * x.element_size()), None if bias is None else self.upload(bias)
         same = bias is not None and bias.dtype == x.dtype
-        self.gpu.call(
-            f"linear_{'few' if tensor_cores else 'plain'}_{name_of(x.dtype)}",
+        given = (
             *(self.upload(x), self.upload(packed.contiguous()), self.upload(scales.contiguous())),
-            *(of_bias if same else None, None if same else of_bias, y, scratch),
-            *(m, n, d, columns, x.stride(0), group_size),
+            *(of_bias if same else None, None if same else of_bias, y),
         )
+        sizes = m, n, d, columns, x.stride(0), group_size
+        if not self.gpu.ask(f"{name}_takes", *given, None, *sizes):
+            raise ValueError(f"no kernel takes {m} activations, {packed.shape} packed bytes and groups of {group_size}")
+        values = self.gpu.ask(f"{name}_scratch", *given, None, *sizes)
+        self.gpu.call(name, *given, memory.empty(values * x.element_size()) if values else None, *sizes)
         return tensor_of(y, x.dtype, m, n)
 
     def upload(self, tensor: Tensor) -> Buffer | int:
@@ -122,11 +115,17 @@ def storage_of(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def is_aligned(tensor: Tensor) -> bool:
-    """To sixteen bytes, as far as its place in its storage goes."""
-    return tensor.storage_offset() * tensor.element_size() % 16 == 0
-
-
 def tensor_of(buffer: Buffer, dtype: torch.dtype, *shape: int) -> Tensor:
     content = buffer.bytes()
     return torch.from_numpy(content).view(dtype).view(shape) if content.size else torch.empty(shape, dtype=dtype)
+
+
+def end_of(memory: Memory, tensor: Tensor, elements: int) -> Buffer:
+    """An input of so many elements, of which ``tensor`` is the end: nothing else of it is there."""
+    size = tensor.element_size()
+    return memory.part_of_input(size * elements, size * (elements - tensor.numel()), bits(tensor).numpy())
+
+
+def end_of_output(memory: Memory, size: int, elements: int, count: int) -> Buffer:
+    """An output of so many elements of ``size`` bytes, of which the last ``count`` are there."""
+    return memory.part_of_output(size * elements, size * (elements - count), size * count)

@@ -20,6 +20,7 @@ from tests.support.ptx.memory import Buffer, KernelError, Memory
 from tests.support.ptx.parser import Instruction, Module, parse
 
 EXACT = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-ftz=false", "-prec-div=true")  # as setup.py
+NO_WARNING = ("-Werror", "all-warnings")
 LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t
 )
@@ -27,7 +28,8 @@ LAUNCH = ctypes.CFUNCTYPE(
 
 def compile_kernels(nvcc: str, folder: Path, capability: int = 90) -> Path:
     """A library with the launchers of csrc/cuda, and beside it the PTX of every source."""
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "native" / "cuda_host.cpp"]
+    cuda = ROOT / "csrc" / "cuda"
+    sources = [*sorted(cuda.glob("*.cu")), *sorted(cuda.glob("*.cpp")), ROOT / "tests" / "native" / "cuda_host.cpp"]
     flags = [*EXACT, f"-arch=compute_{capability}", f"-I{ROOT}", "-Xcompiler=-fPIC"]
     compilers = [
         subprocess.Popen(
@@ -125,20 +127,18 @@ class Gpu:
 
     def call(self, name: str, *arguments: int | Buffer | None) -> None:
         """A launcher of cuda_host.cpp. KernelError if a kernel did what it must not."""
-        function = self._library[name]
-        values = [argument.address if isinstance(argument, Buffer) else argument or 0 for argument in arguments]
         self._fault = None
-        error = function(*(ctypes.c_int64(value) for value in values))
+        error = self._library[name](*values_of(arguments))
         if self._fault is not None:
             raise self._fault
         if error:
             raise KernelError(f"{name}: the launch failed with CUDA error {error}")
 
-    def ask(self, name: str, *arguments: int) -> int:
+    def ask(self, name: str, *arguments: int | Buffer | None) -> int:
         """What one of the functions that launch nothing returns."""
         function = self._library[name]
-        function.restype = ctypes.c_int64 if name.endswith("scratch") else ctypes.c_int
-        return int(function(*(ctypes.c_int64(value) for value in arguments)))
+        function.restype = ctypes.c_int64
+        return int(function(*values_of(arguments)))
 
     def _launch(self, name: bytes, sizes: Any, arguments: Any, shared: int) -> int:
         try:
@@ -155,3 +155,7 @@ class Gpu:
             self._fault = error
             return 1
         return 0
+
+
+def values_of(arguments: Sequence[int | Buffer | None]) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(part.address if isinstance(part, Buffer) else part or 0) for part in arguments]
