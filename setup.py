@@ -201,8 +201,10 @@ def sources(*folders: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in files if path.suffix in (".cpp", ".cu"))
 
 
-def cpu_sources() -> list[str]:
-    """Of the op library; with CUDA it also takes csrc/cuda and csrc/ops/cuda_*.cpp."""
+def op_library_sources(cuda: bool) -> list[str]:
+    """With CUDA it takes csrc/cuda and csrc/ops/cuda_*.cpp, without csrc/ops/without_cuda.cpp."""
+    if cuda:
+        return [source for source in sources("cpu", "cuda", "ops") if source != "csrc/ops/without_cuda.cpp"]
     return [source for source in sources("cpu", "ops") if not source.startswith("csrc/ops/cuda_")]
 
 
@@ -225,7 +227,7 @@ def write_build_info(folder: Path, cuda: str | None, inplace: bool) -> None:
 
 def configure_op_library(extension: Extension, toolkit: tuple[Path, str] | None, inplace: bool) -> None:
     torch_root = Path(torch.__file__).parent
-    extension.sources = cpu_sources()
+    extension.sources = op_library_sources(cuda=False)
     extension.include_dirs = [str(ROOT)]
     extension.library_dirs = [str(torch_root / "lib")]
     extension.libraries = ["c10", "torch_cpu"]
@@ -235,7 +237,7 @@ def configure_op_library(extension: Extension, toolkit: tuple[Path, str] | None,
     extension.extra_compile_args = {"cxx": flags + headers}
     if toolkit:
         root, version = toolkit
-        extension.sources = sources("cpu", "cuda", "ops")
+        extension.sources = op_library_sources(cuda=True)
         major = version.split(".")[0]
         extension.include_dirs += [str(root / "include"), str(root / "include" / "cccl")]
         extension.library_dirs += [str(root / lib) for lib in ("lib64", "lib") if (root / lib).is_dir()]
@@ -337,7 +339,7 @@ class BuildPy(build_py):
 require_setuptools()  # now: an older one cannot read pyproject.toml
 setup(
     ext_modules=[
-        Extension(f"squish_nf4.{OP_LIBRARY}", cpu_sources(), language="c++"),
+        Extension(f"squish_nf4.{OP_LIBRARY}", op_library_sources(cuda=False), language="c++"),
         Extension("squish_nf4._C", sources("python"), language="c++"),
     ],
     cmdclass={

@@ -27,18 +27,20 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-BYTES = ("arithmetic", "quantize", "dequantize", "survey", "convert")  # of tests/cuda
+BYTES = ("arithmetic", "quantize", "dequantize", "survey")  # of tests/cuda
+MODELS = ("tests/cuda/test_models.py", "tests/cuda/test_convert.py")
 TAIL = 1500  # characters of a stage's output that are kept if it fails
 
 
 @dataclass
 class Stage:
-    """One process. ``limit``: seconds; ``tool``: a program that must be on the PATH, else the stage is skipped."""
+    """One process. ``limit``: seconds; without ``tool`` on the PATH and ``modules`` for Python the stage is skipped."""
 
     name: str
     command: list[str]
     limit: int
     tool: str = ""
+    modules: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -74,19 +76,20 @@ def stages(output: Path, dry: bool) -> list[Stage]:
         pytest("bytes", *map("tests/cuda/test_{}.py".format, BYTES), limit=120),
         pytest("linear", "tests/cuda/test_linear.py", "tests/cuda/test_fused_linear.py", limit=120),
         pytest("streams and graphs", "tests/cuda/test_streams_and_graphs.py", limit=120),
+        pytest("models", *MODELS, limit=120, modules=("safetensors", "zstandard")),
         Stage("memcheck", sanitizer("memcheck", this), 90, tool="compute-sanitizer"),
         Stage("racecheck", sanitizer("racecheck", this), 90, tool="compute-sanitizer"),
         Stage("benchmark", benchmark, 150),
     ]
 
 
-def pytest(name: str, *files: str, limit: int) -> Stage:
+def pytest(name: str, *files: str, limit: int, modules: tuple[str, ...] = ()) -> Stage:
     """Tests that must run on the GPU: what they lack is a failure. Those that execute the kernels on the CPU do not."""
     parallel = ["-n", "4"] if find_spec("xdist") else []
     quiet = ["-q", "-W", "default", "-p", "no:cacheprovider", "--tb=short", "--disable-warnings"]
     options = [*quiet, *parallel, "-m", "not builds"]
     command = [sys.executable, "-m", "pytest", *options, *files]
-    return Stage(name, command, limit, environment={"SQUISH_REQUIRE": "cuda"})
+    return Stage(name, command, limit, modules=modules, environment={"SQUISH_REQUIRE": "cuda"})
 
 
 def sanitizer(tool: str, script: str) -> list[str]:
@@ -96,6 +99,9 @@ def sanitizer(tool: str, script: str) -> list[str]:
 def run(stage: Stage, log: Path) -> Result:
     if stage.tool and not shutil.which(stage.tool):
         return Result(stage.name, "skipped", 0, f"{stage.tool} is not on the PATH")
+    missing = [name for name in stage.modules if find_spec(name) is None]
+    if missing:
+        return Result(stage.name, "skipped", 0, f"{', '.join(missing)} not installed")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | stage.environment
     begin = time.monotonic()

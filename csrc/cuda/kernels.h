@@ -31,14 +31,14 @@ cudaError_t survey(const T* w, int64_t n, int64_t d, int64_t row_stride, const u
 // depends on the sizes and the GPU alone, and are rounded once. T: float, nf4::BFloat16 or nf4::Float16.
 template <typename T>
 struct FewActivations {
-  const T* x;             // m rows of x_columns values, x_stride apart; what is missing up to d counts as zero
-  const uint8_t* packed;  // (n, d/2)
-  const float* scales;    // (n, d/group_size)
-  const T* bias;          // n values or null; one of the two at most
-  const float* bias32;    // the same in float32
-  T* y;                   // (m, n)
-  void* scratch;          // linear_scratch() values of T, aligned to 16 bytes; null if that is zero
-  int64_t m, n, d, x_columns, x_stride, group_size;
+  const T* x = nullptr;           // m rows of x_columns values, x_stride apart; what is missing up to d counts as zero
+  const uint8_t* packed;          // (n, d/2)
+  const float* scales;            // (n, d/group_size)
+  const T* bias = nullptr;        // n values or null; one of the two at most
+  const float* bias32 = nullptr;  // the same in float32
+  T* y;                           // (m, n)
+  void* scratch = nullptr;        // linear_scratch() values of T, aligned to 16 bytes; null if that is zero
+  int64_t m, n, d, x_columns, x_stride = 0, group_size;
 };
 
 // Whether a kernel takes this product on the current device; x, y, the bias and the scratch do not matter.

@@ -1,13 +1,13 @@
 // quantize_nf4 and dequantize_nf4 on CUDA: device guard, current stream, launch check.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "csrc/cuda/kernels.h"
 #include "csrc/ops/checks.h"
+#include "csrc/ops/cuda_launch.h"
 #include "csrc/ops/cuda_rows.h"
 #include "csrc/ops/storage_types.h"
 
@@ -16,9 +16,10 @@ namespace {
 
 template <typename T>
 void encode(const Tensor& w, int64_t group_size, const Tensor& packed, const Tensor& scales) {
-  C10_CUDA_CHECK(cuda::quantize(static_cast<const T*>(w.const_data_ptr()), w.size(0), w.size(1), w.stride(0),
-                                group_size, packed.mutable_data_ptr<uint8_t>(), scales.mutable_data_ptr<float>(),
-                                c10::cuda::getCurrentCUDAStream().stream()));
+  check_launch("quantize_nf4",
+               cuda::quantize(static_cast<const T*>(w.const_data_ptr()), w.size(0), w.size(1), w.stride(0), group_size,
+                              packed.mutable_data_ptr<uint8_t>(), scales.mutable_data_ptr<float>(),
+                              c10::cuda::getCurrentCUDAStream().stream()));
 }
 
 std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size) {
@@ -41,7 +42,7 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& scales, int64_t group_
   check_dequantize(packed, scales, group_size, dtype);
   const c10::cuda::CUDAGuard device(packed.device());
   Tensor out = at::empty({packed.size(0), packed.size(1) * 2}, packed.options().dtype(dtype.value_or(at::kFloat)));
-  decode_rows_cuda(packed.contiguous(), scales.contiguous(), group_size, 0, out);
+  decode_rows_cuda("dequantize_nf4", packed.contiguous(), scales.contiguous(), group_size, 0, out);
   return out;
 }
 
@@ -51,7 +52,7 @@ Tensor& dequantize_nf4_out(const Tensor& packed, const Tensor& scales, int64_t g
   at::assert_no_overlap(out, packed);
   at::assert_no_overlap(out, scales);
   const c10::cuda::CUDAGuard device(packed.device());
-  decode_rows_cuda(packed.contiguous(), scales.contiguous(), group_size, 0, out);
+  decode_rows_cuda("dequantize_nf4", packed.contiguous(), scales.contiguous(), group_size, 0, out);
   return out;
 }
 

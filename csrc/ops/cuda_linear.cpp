@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -14,6 +13,7 @@
 
 #include "csrc/cuda/kernels.h"
 #include "csrc/ops/checks.h"
+#include "csrc/ops/cuda_launch.h"
 #include "csrc/ops/cuda_rows.h"
 #include "csrc/ops/storage_types.h"
 #include "csrc/ops/weight_tiles.h"
@@ -25,9 +25,11 @@ constexpr int64_t kTileBytes = int64_t{128} << 20;    // decoded weight in scrat
 constexpr int64_t kProductBytes = int64_t{64} << 20;  // float32 products in scratch, before they are rounded
 
 template <typename Use>
-void for_each_tile(const Tensor& packed, const Tensor& scales, int64_t group_size, int64_t d, at::ScalarType dtype,
-                   const Use& use) {
-  const auto decode = [&](int64_t row, const Tensor& tile) { decode_rows_cuda(packed, scales, group_size, row, tile); };
+void for_each_tile(const char* op, const Tensor& packed, const Tensor& scales, int64_t group_size, int64_t d,
+                   at::ScalarType dtype, const Use& use) {
+  const auto decode = [&](int64_t row, const Tensor& tile) {
+    decode_rows_cuda(op, packed, scales, group_size, row, tile);
+  };
   ops::for_each_tile(packed, d, dtype, kTileBytes, decode, use);
 }
 
@@ -89,7 +91,7 @@ bool multiply_few(const Tensor& rows, const Tensor& packed, const Tensor& scales
     const int64_t size = cuda::linear_scratch(call);
     const Tensor scratch = size > 0 ? at::empty({size}, x.options()) : Tensor();
     if (size > 0) call.scratch = scratch.mutable_data_ptr();
-    C10_CUDA_CHECK(cuda::linear(call, c10::cuda::getCurrentCUDAStream().stream()));
+    check_launch("linear_nf4", cuda::linear(call, c10::cuda::getCurrentCUDAStream().stream()));
   });
   return taken;
 }
@@ -126,7 +128,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
   if (multiply_few(rows, bytes, scale, bias, group_size, y)) return result;
   const Tensor any_bias = is_given(bias) ? *bias : Tensor();
-  for_each_tile(bytes, scale, group_size, d, x.scalar_type(), [&](int64_t row, const Tensor& tile) {
+  for_each_tile("linear_nf4", bytes, scale, group_size, d, x.scalar_type(), [&](int64_t row, const Tensor& tile) {
     const int64_t count = tile.size(0);
     const Tensor of_tile = any_bias.defined() ? any_bias.narrow(0, row, count) : any_bias;
     for_each_stretch_of_activations(m, count, kProductBytes, [&](int64_t first, int64_t stretch) {
@@ -155,13 +157,14 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
   for_each_stretch_of_activations(m, 2 * d, kProductBytes, [&](int64_t first, int64_t count) {
     Tensor out = dx.narrow(0, first, count);
     const Tensor sum = whole ? Tensor() : at::zeros({count, d}, dy.options().dtype(at::kFloat));
-    for_each_tile(bytes, scale, group_size, d, dy.scalar_type(), [&](int64_t row, const Tensor& tile) {
-      if (whole) {
-        multiply_add(rows.narrow(0, first, count), tile, Tensor(), out);
-        return;
-      }
-      sum.add_(multiply(rows.narrow(0, first, count).narrow(1, row, tile.size(0)), tile));
-    });
+    for_each_tile("_linear_nf4_grad_x", bytes, scale, group_size, d, dy.scalar_type(),
+                  [&](int64_t row, const Tensor& tile) {
+                    if (whole) {
+                      multiply_add(rows.narrow(0, first, count), tile, Tensor(), out);
+                      return;
+                    }
+                    sum.add_(multiply(rows.narrow(0, first, count).narrow(1, row, tile.size(0)), tile));
+                  });
     if (!whole) out.copy_(sum);
   });
   return result;

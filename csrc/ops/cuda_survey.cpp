@@ -1,12 +1,12 @@
 // _survey_nf4 on CUDA, to the bit what the CPU finds.
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "csrc/cuda/kernels.h"
 #include "csrc/ops/checks.h"
+#include "csrc/ops/cuda_launch.h"
 #include "csrc/ops/storage_types.h"
 
 namespace squish::ops {
@@ -21,10 +21,10 @@ Tensor survey_nf4(const Tensor& weight, const Tensor& packed, const Tensor& scal
   Tensor result = at::empty({w.size(0), 4}, w.options().dtype(at::kDouble));
   with_weight_type(w.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    C10_CUDA_CHECK(cuda::survey(static_cast<const T*>(w.const_data_ptr()), w.size(0), w.size(1), w.stride(0),
-                                bytes.const_data_ptr<uint8_t>(), scale.const_data_ptr<float>(), bytes.size(1),
-                                group_size, result.mutable_data_ptr<double>(),
-                                c10::cuda::getCurrentCUDAStream().stream()));
+    check_launch("_survey_nf4",
+                 cuda::survey(static_cast<const T*>(w.const_data_ptr()), w.size(0), w.size(1), w.stride(0),
+                              bytes.const_data_ptr<uint8_t>(), scale.const_data_ptr<float>(), bytes.size(1), group_size,
+                              result.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream().stream()));
   });
   return result;
 }

@@ -9,17 +9,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
-import torch
 
-from squish_nf4 import _build_info
-from tests.support.gpus import ExecutedGpu, Gpu, RealGpu
+from tests.support.gpus import ExecutedGpu, Gpu, RealGpu, require_a_gpu
 from tests.support.helpers import require
 from tests.support.ptx.host import compile_kernels
-
-
-def require_a_gpu() -> None:
-    require("cuda", _build_info.CUDA_VERSION is not None, "squish_nf4 was built for the CPU only")
-    require("cuda", torch.cuda.is_available(), "torch finds no GPU")
 
 
 @pytest.fixture(autouse=True)

@@ -28,14 +28,17 @@ pytestmark = pytest.mark.builds
 OWN_BUILD = {"SQUISH_CUDA": "1" if _build_info.CUDA_VERSION else "0"}  # another decision would compile again
 TORCH = ".".join(torch.__version__.split(".")[:2])
 
-# A compiler that takes the object that lies in build/ (OBJECTS) for a file of csrc.
+# A compiler that takes the object that lies in build/ (OBJECTS) for a file of csrc, if there is one.
 WITH_OBJECTS_OF = """#!/bin/sh
 objects="OBJECTS"
 for word; do
   case "$previous" in -c) source=$word;; -o) target=$word;; esac
   previous=$word
 done
-case "$source" in */csrc/*) exec cp "$objects/csrc/${target##*/csrc/}" "$target";; esac
+case "$source" in */csrc/*)
+  object="$objects/csrc/${target##*/csrc/}"
+  [ -e "$object" ] && exec cp "$object" "$target";;
+esac
 exec c++ "$@"
 """
 
@@ -161,10 +164,27 @@ def public_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+# As a CUDA tensor would. What an operator with one of these schemas is given does not matter.
+CALL_CUDA_KERNELS = """
+import squish_nf4, torch
+ARGUMENTS = {"Tensor": torch.ones(2, 2), "Optional[Tensor]": None, "Optional[int]": None, "int": 2, "SymInt": 2}
+for schema in torch._C._jit_get_all_schemas():
+    namespace, _, name = schema.name.partition("::")
+    if namespace == "squish":
+        op = getattr(getattr(torch.ops.squish, name), schema.overload_name or "default")
+        given = [ARGUMENTS[str(part.type)] for part in schema.arguments if not part.kwarg_only]
+        named = {part.name: ARGUMENTS[str(part.type)] for part in schema.arguments if part.kwarg_only}
+        try:
+            op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *given, **named)
+        except NotImplementedError as error:
+            print(f"{name}.{schema.overload_name}".rstrip("."), str(error).splitlines()[0], sep=": ")
+"""
+
+
 def test_sdist_builds_for_a_user_in_a_path_with_spaces(
     sdist: Path, objects: Path, somebody: list[str], public_folder: Path
 ) -> None:
-    """All but the compilers' work, which `make compatibility` does: the objects are taken from build/."""
+    """All but most of the compilers' work, which `make compatibility` does: the objects are taken from build/."""
     home = public_folder / "a path with spaces"
     shutil.unpack_archive(sdist, home)
     compiler = public_folder / "g++"  # by its name torch knows the compiler
@@ -183,6 +203,13 @@ def test_sdist_builds_for_a_user_in_a_path_with_spaces(
     )
     ran = run([*somebody, sys.executable, "-c", code], cwd=home / "site")
     assert ran.stdout.split(maxsplit=1) == ["255", f"{home}/site/squish_nf4/__init__.py\n"], ran.stderr
+    ran = run([*somebody, sys.executable, "-c", CALL_CUDA_KERNELS], cwd=home / "site")
+    assert ran.returncode == 0, ran.stderr
+    answers = dict(line.split(": ", 1) for line in ran.stdout.splitlines())
+    assert {"quantize_nf4", "dequantize_nf4", "dequantize_nf4.out", "linear_nf4"} < set(answers)
+    for op, answer in answers.items():
+        assert answer.startswith(f"{op.partition('.')[0]}: squish_nf4 was built for the CPU only"), op
+        assert "squish-nf4 doctor" in answer
 
 
 # The op library.

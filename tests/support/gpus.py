@@ -8,12 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import squish_nf4  # noqa: F401  it registers the operators
+from squish_nf4 import _build_info
 from tests.support.cuda_inputs import bits
+from tests.support.helpers import require
 from tests.support.ptx import host
 from tests.support.ptx.memory import Buffer, Memory
 
 OPS = torch.ops.squish
+
+
+def require_a_gpu() -> None:
+    """Skip the test without one, or fail if SQUISH_REQUIRE names cuda."""
+    require("cuda", _build_info.CUDA_VERSION is not None, "squish_nf4 was built for the CPU only")
+    require("cuda", torch.cuda.is_available(), "torch finds no GPU")
 
 
 def name_of(dtype: torch.dtype) -> str:
