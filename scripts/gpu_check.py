@@ -3,8 +3,8 @@
     python scripts/gpu_check.py [--output build/gpu-check] [--only tests,benchmark] [--dry-run]
 
 It needs a GPU, torch for CUDA, an nvcc of torch's CUDA major, numpy and pytest, and fetches nothing. Every stage is a
-process of its own with its own time limit, and prints one line of JSON when it is done; one that fails hides none. Two
-files remain in the output folder: gpu-check.json and gpu-check.md, with PASS or FALLS SHORT for each goal. The exit
+process of its own with its own time limit, all together end after seven minutes, and each prints one line of JSON when
+it is done; one that fails hides none. Two files remain in the output folder: gpu-check.json and gpu-check.md, with PASS or FALLS SHORT for each goal. The exit
 code is 0 if every stage passed (a goal that falls short fails no stage), 1 if not, 2 if there is no GPU. Without one,
 --dry-run goes as far as such a machine allows: it collects the tests and writes a report without figures.
 """
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 BYTES = ("arithmetic", "quantize", "dequantize", "survey")  # of tests/cuda
 MODELS = ("tests/cuda/test_models.py", "tests/cuda/test_convert.py")
+WHOLE_LIMIT = 420  # seconds
 TAIL = 1500  # characters of a stage's output that are kept if it fails
 
 
@@ -96,19 +97,21 @@ def sanitizer(tool: str, script: str) -> list[str]:
     return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, script, "--small-case"]
 
 
-def run(stage: Stage, log: Path) -> Result:
+def run(stage: Stage, log: Path, seconds_left: float) -> Result:
     if stage.tool and not shutil.which(stage.tool):
         return Result(stage.name, "skipped", 0, f"{stage.tool} is not on the PATH")
     missing = [name for name in stage.modules if find_spec(name) is None]
     if missing:
         return Result(stage.name, "skipped", 0, f"{', '.join(missing)} not installed")
+    if seconds_left <= 0:
+        return Result(stage.name, "timed out", 0, f"not run, for the {WHOLE_LIMIT} seconds of all stages are over")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | stage.environment
-    begin = time.monotonic()
+    begin, limit = time.monotonic(), min(stage.limit, seconds_left)
     with log.open("wb") as output:
         try:
             code = subprocess.run(
-                stage.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=stage.limit
+                stage.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=limit
             ).returncode
             state = "passed" if code == 0 else "failed"
         except subprocess.TimeoutExpired:
@@ -202,13 +205,14 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     (output / "benchmark.json").unlink(missing_ok=True)
     chosen = [name.strip() for name in arguments.only.split(",") if name.strip()]
-    results = []
+    results, begin = [], time.monotonic()
     for stage in stages(output, arguments.dry_run):
         if chosen and stage.name not in chosen:
             continue
         built = all(result.state == "passed" for result in results if result.stage == "build")
         if built:
-            results.append(run(stage, output / f"{stage.name.replace(' ', '-')}.log"))
+            left = WHOLE_LIMIT - (time.monotonic() - begin)
+            results.append(run(stage, output / f"{stage.name.replace(' ', '-')}.log", left))
         else:
             results.append(Result(stage.name, "failed", 0, "not run, for the build failed"))
         print(json.dumps(asdict(results[-1])), flush=True)

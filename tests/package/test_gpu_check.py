@@ -93,6 +93,17 @@ def test_every_file_of_the_cuda_tests_is_of_a_stage(tmp_path: Path, monkeypatch:
     assert on_a_gpu <= named
 
 
+def test_all_stages_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hangs = program("import signal; signal.pause()")
+    monkeypatch.setattr(gpu_check, "stages", lambda output, dry: [Stage("first", hangs, 60), Stage("next", hangs, 60)])
+    monkeypatch.setattr(gpu_check, "WHOLE_LIMIT", 2)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--dry-run", "--output", str(tmp_path)])
+    assert gpu_check.main() == 1
+    first, second = json.loads((tmp_path / "gpu-check.json").read_text())["stages"]
+    assert (first["state"], second["state"]) == ("timed out", "timed out")
+    assert second["detail"] == "not run, for the 2 seconds of all stages are over"
+
+
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_the_page_of_a_record_is_made_from_its_figures(path: Path) -> None:
     whole = json.loads(path.read_text())
