@@ -4,9 +4,10 @@
 
 It needs a GPU, torch for CUDA, an nvcc of torch's CUDA major, numpy and pytest, and fetches nothing. Every stage is a
 process of its own with its own time limit, all together end after seven minutes, and each prints one line of JSON when
-it is done; one that fails hides none. Two files remain in the output folder: gpu-check.json and gpu-check.md, with PASS or FALLS SHORT for each goal. The exit
-code is 0 if every stage passed (a goal that falls short fails no stage), 1 if not, 2 if there is no GPU. Without one,
---dry-run goes as far as such a machine allows: it collects the tests and writes a report without figures.
+it is done; one that fails hides none. Two files remain in the output folder: gpu-check.json and gpu-check.md, with PASS
+or FALLS SHORT for each goal. The exit code is 0 if every stage passed (a goal that falls short fails no stage), 1 if
+not, 2 if there is no GPU. Without one, --dry-run goes as far as such a machine allows: it collects the tests and writes
+a report without figures.
 """
 
 from __future__ import annotations
