@@ -20,7 +20,7 @@ except ImportError as reason:
         raise SystemExit(f"squish-nf4: {reason}") from None  # a sentence for its user, not a traceback
     raise
 
-from squish_nf4 import vmap
+from squish_nf4 import flops, vmap
 from squish_nf4.decompositions import decompositions
 from squish_nf4.layout import pick_group_size
 from squish_nf4.model import QuantizeReport, dequantize_model, quantize_model
@@ -29,6 +29,7 @@ from squish_nf4.nn.packer import NF4Packer
 from squish_nf4.ops import dequantize_nf4, linear_nf4, quantize_nf4
 
 vmap.register()
+flops.register()
 
 if TYPE_CHECKING:
     from squish_nf4.checkpoint.audit.diff import DiffReport, diff

@@ -6,9 +6,11 @@ from math import sqrt
 
 import torch
 from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
 
 from squish_nf4.layout import bits_per_weight, effective_group_size, padded_columns
-from squish_nf4.nn.packed import PackedModule, PackedWeight, quantize_padded
+from squish_nf4.nn.packed import PackedModule, quantize_padded, require_whole
+from squish_nf4.nn.packed_weight import PackedWeight
 from squish_nf4.ops import COMPUTE_DTYPES
 
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # TorchScript chokes on it below
@@ -21,8 +23,28 @@ def _linear_of_width(
     """The product for an x of the layer's width: to the operator a narrower one is one whose padding was left out."""
     if not is_tracing() and x.size(-1) != in_features:
         raise ValueError(f"NF4Linear: x has {x.size(-1)} columns, but in_features is {in_features}")
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return _linear_in_python(x, weight, scales, bias, group_size)
     result: Tensor = torch.ops.squish.linear_nf4(x, weight, scales, bias, group_size)
     return result
+
+
+def _linear_in_python(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+    result: Tensor
+    if type(x) is Tensor:  # past PackedWeight.__torch_function__, which takes as long as a small product
+        with DisableTorchFunctionSubclass():
+            result = torch.ops.squish.linear_nf4.default(x, weight, scales, bias, group_size)
+    elif x.is_nested:
+        result = _linear_of_nested(x, weight, scales, bias, group_size)
+    else:
+        result = torch.ops.squish.linear_nf4(x, weight, scales, bias, group_size)
+    return result
+
+
+def _linear_of_nested(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+    """A ragged batch is one batch of all its rows."""
+    rows = _linear_in_python(x.values(), weight, scales, bias, group_size)
+    return torch.nested.nested_tensor_from_jagged(rows, x.offsets(), x.lengths())  # type: ignore[attr-defined]
 
 
 class NF4Linear(PackedModule, nn.Linear):
@@ -81,13 +103,13 @@ class NF4Linear(PackedModule, nn.Linear):
         self.group_size = effective_group_size(in_features, group_size)
         self.dense_dtype = dtype
         columns = padded_columns(in_features, self.group_size)
-        self.weight = PackedWeight(torch.empty(out_features, columns // 2, dtype=torch.uint8, device=device), False)
-        scales = torch.empty(out_features, columns // self.group_size, dtype=torch.float32, device=device)
-        self.register_buffer("scales", scales)
-        if bias:
+        if bias:  # first: code that asks the first parameter of a model for a dtype finds one to compute in
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device))
         else:
             self.register_parameter("bias", None)
+        self.weight = PackedWeight(torch.empty(out_features, columns // 2, dtype=torch.uint8, device=device))
+        scales = torch.empty(out_features, columns // self.group_size, dtype=torch.float32, device=device)
+        self.register_buffer("scales", scales)
         self.reset_parameters()
 
     @classmethod
@@ -116,7 +138,7 @@ class NF4Linear(PackedModule, nn.Linear):
             dtype=weight.dtype,
         )
         packed, scales = quantize_padded("NF4Linear.from_linear: weight", weight, layer.group_size)
-        layer.weight = PackedWeight(packed, False)
+        layer.weight = PackedWeight(packed)
         layer.scales = scales
         if bias is not None:
             with torch.inference_mode(False), torch.no_grad():
@@ -135,6 +157,7 @@ class NF4Linear(PackedModule, nn.Linear):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight: (out_features, in_features) in float32, bfloat16 or float16; float32 by default."""
+        require_whole(self)
         dense: Tensor = torch.ops.squish.dequantize_nf4(self.weight, self.scales, self.group_size, dtype=dtype)
         return dense[:, : self.in_features].contiguous()
 
@@ -153,6 +176,7 @@ class NF4Linear(PackedModule, nn.Linear):
             packed, scales = quantize_padded("NF4Linear.reset_parameters: weight", dense, self.group_size)
             self.weight.copy_(packed)
             self.scales.copy_(scales)
+            self._wait_for("")
             if self.bias is not None:
                 bound = 1 / sqrt(self.in_features) if self.in_features > 0 else 0
                 nn.init.uniform_(self.bias, -bound, bound)

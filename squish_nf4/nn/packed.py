@@ -7,45 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import lcm, prod
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squish_nf4.layout import padded_columns
+from squish_nf4.nn.packed_weight import PackedWeight, plain
 from squish_nf4.ops import COMPUTE_DTYPES, may_look, refuse_non_finite
-
-
-def _refuse_value(method: str) -> Any:
-    def refuse(self: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(
-            f"NF4Linear: weight holds packed NF4 bytes, and weight.{method}() would not set the weights; "
-            "use reset_parameters(), NF4Linear.from_linear or load_state_dict with a dense weight"
-        )
-
-    return refuse
-
-
-class PackedWeight(nn.Parameter):
-    """Packed nibbles as a Parameter: they move, save and share like one, and are never trained or overwritten by value.
-
-    A parent's requires_grad_() reaches every parameter and torch refuses it for integers; here it is ignored. A value
-    written into the bytes would not be that value: zero bytes decode to minus the scale. So the methods that nn.init
-    calls are refused.
-    """
-
-    def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle a PackedWeight: torch's own way makes a plain Parameter, which tied layers would each replace."""
-        return PackedWeight, (self.data, False)
-
-    zero_ = _refuse_value("zero_")
-    fill_ = _refuse_value("fill_")
-    normal_ = _refuse_value("normal_")
-    uniform_ = _refuse_value("uniform_")
 
 
 def quantize_padded(what: str, weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +43,8 @@ class PackedModule(nn.Module):
     """A module whose weight is packed bytes: what holds for it whatever it computes.
 
     The bytes move with the module, and no cast touches them. A state is checked before any of it is copied, and its
-    weight may be packed or dense (it is quantized then).
+    weight may be packed or dense (it is quantized then). Where weight and scales come in states of their own (shards),
+    the module refuses to run between the two.
 
     A subclass names this class first among its bases, so that what stands here runs before what torch's module does;
     it sets the attributes, and says its dense shape.
@@ -85,12 +56,13 @@ class PackedModule(nn.Module):
         dense_dtype: of the dense weight that this one stands for; follows .to(dtype) and .half().
     """
 
-    __jit_ignored_attributes__ = ("dense_dtype",)
+    __jit_ignored_attributes__ = ("dense_dtype", "_missing")
 
     weight: Tensor
     scales: Tensor
     group_size: int
     dense_dtype: torch.dtype
+    _missing = ""  # "weight" or "scales" if a state has brought the other one alone
 
     def _dense_shape(self) -> tuple[int, ...]:
         """Shape of the dense weight, without padding; all but the first dimension are the columns of a row."""
@@ -101,16 +73,16 @@ class PackedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move the bytes and cast the rest: the scales go through ``fn`` as bytes, which no cast touches."""
 
+        found = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).dtype
+        if found != torch.uint8:  # asked before anything is changed
+            raise TypeError(
+                f"{type(self).__name__}: packed bytes cannot be cast to {found}; use .to(dtype), not .type(dtype)"
+            )
+
         def keep_bytes(tensor: Tensor) -> Tensor:
             if tensor is not self.scales and tensor.dtype != torch.uint8:
                 return fn(tensor)  # a bias and its gradient
-            moved = fn(tensor.contiguous().view(torch.uint8))
-            if moved.dtype != torch.uint8:
-                raise TypeError(
-                    f"{type(self).__name__}: packed bytes cannot be cast to {moved.dtype}; "
-                    "use .to(dtype), not .type(dtype)"
-                )
-            return moved.view(tensor.dtype)
+            return fn(plain(tensor).contiguous().view(torch.uint8)).view(tensor.dtype)
 
         super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
         self._keep_packed_weight()
@@ -126,7 +98,15 @@ class PackedModule(nn.Module):
         """Replace the plain Parameter that torch makes of ours when it moves or assigns one."""
         weight = self._parameters["weight"]
         if weight is not None and not isinstance(weight, PackedWeight):
-            self._parameters["weight"] = PackedWeight(weight.data, False)
+            self._parameters["weight"] = PackedWeight(weight.data)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After a pickle or a deep copy: the weight, a plain tensor there, becomes a PackedWeight where it is, so that
+        layers which share it still do."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        weight = self._parameters["weight"]
+        if type(weight) in (Tensor, nn.Parameter):
+            weight.requires_grad_(False).__class__ = PackedWeight  # type: ignore[union-attr]
 
     # --- loading a state ---------------------------------------------------------------------------------------------
 
@@ -144,12 +124,14 @@ class PackedModule(nn.Module):
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         dense_dtype = self._dense_dtype_of_state(own, prefix)
         try:
-            self._check_and_pack_state(own, prefix)
+            missing = self._check_and_pack_state(own, prefix)
         except (ValueError, TypeError) as error:
             error_msgs.append(str(error))
             return
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._keep_packed_weight()
+        if missing != self._missing:
+            self._wait_for(missing)
         if local_metadata.get("assign_to_params_buffers", False):
             self.dense_dtype = dense_dtype
 
@@ -161,8 +143,11 @@ class PackedModule(nn.Module):
                 return tensor.dtype  # type: ignore[no-any-return]
         return self.dense_dtype
 
-    def _check_and_pack_state(self, own: dict[str, Any], prefix: str) -> None:
-        """Check this module's entries, raising on what misfits, and replace a dense weight by its packed form."""
+    def _check_and_pack_state(self, own: dict[str, Any], prefix: str) -> str:
+        """Check this module's entries, raising on what misfits, and replace a dense weight by its packed form.
+
+        Returns the half that this module still lacks after them, "weight" or "scales", or "".
+        """
         kind = type(self).__name__
         name = f"{kind} '{prefix.removesuffix('.')}'" if prefix else kind
         weight, scales, bias = (own.get(prefix + part) for part in ("weight", "scales", "bias"))
@@ -170,7 +155,7 @@ class PackedModule(nn.Module):
         if bias is not None and own_bias is not None and bias.shape != own_bias.shape:
             raise ValueError(f"{name}: bias has shape {tuple(bias.shape)}, {tuple(own_bias.shape)} is wanted")
         if weight is None and scales is None:
-            return
+            return self._missing
         if weight is not None and weight.is_floating_point():
             if scales is not None:
                 raise ValueError(f"{name}: the state holds scales beside a dense {weight.dtype} weight")
@@ -179,19 +164,23 @@ class PackedModule(nn.Module):
                 raise ValueError(f"{name}: dense weight has shape {tuple(weight.shape)}, {wanted} is wanted")
             packed = quantize_padded(f"{name}: weight", weight.flatten(1), self.group_size)
             own[prefix + "weight"], own[prefix + "scales"] = packed
-            return
-        if weight is None or scales is None:
-            found, lost = ("weight", "scales") if scales is None else ("scales", "weight")
-            raise ValueError(f"{name}: the state holds {found} but no {lost}; packed bytes and scales belong together")
-        self._check_packed_state(name, weight, scales)
+            return ""
+        found, missing = ("weight", "scales") if scales is None else ("scales", "weight")
+        is_half = weight is None or scales is None
+        weight, scales = self.weight if weight is None else weight, self.scales if scales is None else scales
+        is_last = not is_half or self._missing == found
+        self._check_packed_state(name, weight, scales, whole=is_last)
+        return "" if is_last else missing
 
-    def _check_packed_state(self, name: str, weight: Tensor, scales: Tensor) -> None:
+    def _check_packed_state(self, name: str, weight: Tensor, scales: Tensor, whole: bool) -> None:
+        """whole: both are the state's, or the half of an earlier one."""
         if weight.dtype != torch.uint8 or scales.dtype != torch.float32:
             raise TypeError(
                 f"{name}: packed weight must be uint8 and scales float32, got {weight.dtype} and {scales.dtype}"
             )
         if weight.shape == self.weight.shape and scales.shape == self.scales.shape:
-            self._require_zero_padding(name, weight, scales)
+            if whole:
+                self._require_zero_padding(name, weight, scales)
             return
         message = (
             f"{name}: packed weight {tuple(weight.shape)} and scales {tuple(scales.shape)} do not fit; "
@@ -200,6 +189,14 @@ class PackedModule(nn.Module):
         if weight.dim() == scales.dim() == 2 and scales.size(1) > 0 and 2 * weight.size(1) % scales.size(1) == 0:
             message += f" (the state has group_size={2 * weight.size(1) // scales.size(1)})"
         raise ValueError(message)
+
+    def _wait_for(self, missing: str) -> None:
+        """Refuse to run until the other half of a state comes, which may lie in another file."""
+        self._missing = missing
+        for key in [key for key, hook in self._forward_pre_hooks.items() if hook is require_whole]:
+            del self._forward_pre_hooks[key]
+        if missing:
+            self.register_forward_pre_hook(require_whole)
 
     def _require_zero_padding(self, name: str, weight: Tensor, scales: Tensor) -> None:
         """Refuse weights where this module has padding: they are a wider one's, whose last columns would be lost."""
@@ -214,3 +211,13 @@ class PackedModule(nn.Module):
                 f"{name}: the state holds weights beyond column {columns}, where this layer's padding is; "
                 "it was saved from a wider layer"
             )
+
+
+def require_whole(module: nn.Module, inputs: Any = None) -> None:
+    """A hook before forward(), and a check elsewhere: RuntimeError if half of the module is still to be loaded."""
+    if missing := module._missing:
+        came = "scales" if missing == "weight" else "weight"
+        raise RuntimeError(
+            f"{type(module).__name__}: a state has brought its {came} and not its {missing}, which belong together; "
+            "load the rest of the state, too"
+        )

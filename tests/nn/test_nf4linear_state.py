@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from squish_nf4 import NF4Linear
-from squish_nf4.nn.packed import PackedWeight
+from squish_nf4.nn.packed_weight import PackedWeight
 from tests.support.helpers import require, through_pickle, through_torch_save
 
 SIZES = [(64, 64), (65, 32), (7, 64)]  # in_features, group_size: whole groups, padding, an effective group size
@@ -24,7 +24,7 @@ def make(in_features: int = 65, group_size: int = 32, **options: Any) -> NF4Line
 
 
 def require_same(layer: nn.Module, original: nn.Module) -> None:
-    """The same bytes, and a layer that works: computes, takes requires_grad_, refuses to be filled."""
+    """The same bytes, and a layer that works: computes, and refuses to be filled."""
     assert type(layer) is NF4Linear
     assert type(original) is NF4Linear
     for name, tensor in original.state_dict().items():
@@ -34,8 +34,7 @@ def require_same(layer: nn.Module, original: nn.Module) -> None:
     x = torch.randn(3, layer.in_features)
     assert torch.equal(layer(x), original(x))
     assert isinstance(layer.weight, PackedWeight)
-    assert layer.requires_grad_() is layer
-    with pytest.raises(TypeError, match="packed NF4 bytes"):
+    with pytest.raises(RuntimeError, match="packed NF4 bytes"):
         nn.init.zeros_(layer.weight)
 
 
@@ -144,14 +143,6 @@ def state_of(**changes: Any) -> dict[str, Tensor]:
 
 
 MISFITS: dict[str, tuple[dict[str, Tensor], str]] = {
-    "no scales": (
-        state_of(scales=None),
-        "the state holds weight but no scales; packed bytes and scales belong together",
-    ),
-    "no weight": (
-        state_of(weight=None),
-        "the state holds scales but no weight; packed bytes and scales belong together",
-    ),
     "scales beside a dense weight": (
         state_of(weight=torch.zeros(9, 65)),
         "the state holds scales beside a dense torch.float32 weight",
@@ -202,16 +193,16 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_not_copied(name: str, 
 
 
 def test_a_bare_layer_is_named_without_a_path() -> None:
-    with pytest.raises(RuntimeError, match=r"\tNF4Linear: the state holds weight but no scales"):
-        make().load_state_dict(state_of(scales=None))
+    with pytest.raises(RuntimeError, match=r"\tNF4Linear: bias has shape"):
+        make().load_state_dict(state_of(bias=torch.zeros(8)))
 
 
 def test_an_empty_state_is_missing_everything_if_strict_and_nothing_else() -> None:
     layer = make()
     before = copy.deepcopy(layer)
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "weight", "bias", "scales"'):
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "bias", "weight", "scales"'):
         layer.load_state_dict({})
-    assert layer.load_state_dict({}, strict=False).missing_keys == ["weight", "bias", "scales"]
+    assert layer.load_state_dict({}, strict=False).missing_keys == ["bias", "weight", "scales"]
     require_same(layer, before)
 
 
@@ -351,16 +342,53 @@ def test_swapping_parameters_instead_of_their_data_keeps_the_layer_whole() -> No
         assert isinstance(swapped.weight, PackedWeight)
 
 
-def test_a_running_average_of_a_model_keeps_the_packed_bytes() -> None:
-    model = nn.Sequential(make(), nn.Linear(9, 2))
-    average = torch.optim.swa_utils.AveragedModel(model)
-    average.update_parameters(model)
-    with torch.no_grad():
-        model[0].bias.add_(1)
-        model[1].bias.add_(1)
-    average.update_parameters(model)
-    assert torch.equal(average.module[0].weight, model[0].weight)
-    torch.testing.assert_close(average.module[0].bias, model[0].bias - 0.5)
+# --- a state that comes in parts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["weight", "scales"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_half_a_state_is_taken_and_the_layer_waits_for_the_rest(assign: bool, first: str) -> None:
+    whole = make().state_dict()
+    other = "scales" if first == "weight" else "weight"
+    model = nn.Sequential(make())
+    expected = make()
+    expected.load_state_dict(whole)
+    result = model.load_state_dict({f"0.{first}": whole[first]}, strict=False, assign=assign)
+    assert result.missing_keys == ["0.bias", f"0.{other}"]
+    for use in (lambda: model(torch.ones(2, 65)), model[0].to_linear, copy.deepcopy(model)[0].dequantize):
+        with pytest.raises(RuntimeError, match=f"NF4Linear: a state has brought its {first} and not its {other}"):
+            use()
+    model.load_state_dict({f"0.{other}": whole[other], "0.bias": whole["bias"]}, strict=False, assign=assign)
+    require_same(model[0], expected)
+    assert not model[0]._forward_pre_hooks
+
+
+def test_half_a_state_with_strict_names_what_is_missing() -> None:
+    model = nn.Sequential(make())
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.scales"'):
+        model.load_state_dict({f"0.{name}": tensor for name, tensor in state_of(scales=None).items()})
+    with pytest.raises(RuntimeError, match="not its scales"):
+        model(torch.ones(2, 65))
+
+
+@pytest.mark.parametrize("misfit", [{"weight": torch.zeros(9, 40, dtype=torch.uint8)}, {"scales": torch.zeros(9, 5)}])
+def test_half_a_state_that_does_not_fit_is_refused_and_not_copied(misfit: dict[str, Tensor]) -> None:
+    layer = make()
+    before = copy.deepcopy(layer)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        layer.load_state_dict(misfit, strict=False)
+    require_same(layer, before)
+
+
+def test_a_dense_weight_or_a_reset_ends_the_wait() -> None:
+    for end in (
+        lambda layer: layer.load_state_dict({"weight": torch.ones(9, 65)}, strict=False),
+        lambda layer: layer.reset_parameters(),
+    ):
+        layer = make()
+        layer.load_state_dict({"scales": layer.scales.clone()}, strict=False)
+        end(layer)
+        assert layer(torch.ones(2, 65)).shape == (2, 9)
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -159,7 +159,7 @@ def test_importing_loads_a_few_small_modules_and_nothing_else() -> None:
     assert own == {
         "squish_nf4",
         *(f"squish_nf4.{name}" for name in ("_native", "_version", "_build_info", "_C")),
-        *(f"squish_nf4.{name}" for name in ("ops", "layout", "vmap", "decompositions", "choose", "model")),
+        *(f"squish_nf4.{name}" for name in ("ops", "layout", "vmap", "flops", "decompositions", "choose", "model")),
         *(f"squish_nf4.{name}" for name in ("nn", "nn.linear", "nn.packed", "nn.packer")),
     }
     heavy = (

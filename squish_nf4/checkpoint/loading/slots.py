@@ -18,7 +18,7 @@ from squish_nf4.checkpoint.messages import listed, shorten
 from squish_nf4.checkpoint.values import dtype_name
 from squish_nf4.choose import Candidate
 from squish_nf4.nn.linear import NF4Linear
-from squish_nf4.nn.packed import PackedWeight
+from squish_nf4.nn.packed_weight import PackedWeight
 
 
 @dataclass
@@ -165,7 +165,7 @@ class Filling:
     def nf4_steps(self) -> Iterator[Step]:
         """Steps that give layers the bytes as they lie in the files; layers that the model ties share them."""
         packed, scales = (as_torch(array).to(device_of(self.slot.tensor)) for array in self.stored.load_nf4())
-        weight, group_size = PackedWeight(packed, False), self.stored.group_size or 1
+        weight, group_size = PackedWeight(packed), self.stored.group_size or 1
         for layer in self.slot.nf4_layers:
             yield partial(put, layer, weight, scales, group_size)
         for candidate in self.linears:
