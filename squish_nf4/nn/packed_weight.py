@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 CARRIED = frozenset(
     """
     __getitem__ alias as_strided cat chunk clone concat concatenate contiguous cpu cuda data detach detach_ expand
-    flatten hsplit hstack index_select module_load mT movedim narrow permute pin_memory ravel reshape select share_memory_ split
-    split_with_sizes squeeze stack swapaxes T t tensor_split to transpose type unbind unflatten unsqueeze view view_as
-    vsplit vstack
+    flatten hsplit hstack index_select module_load mT movedim narrow permute pin_memory ravel reshape select
+    share_memory_ split split_with_sizes squeeze stack swapaxes T t tensor_split to transpose type unbind unflatten
+    unsqueeze view view_as vsplit vstack
     """.split()  # noqa: SIM905  (words are read more easily without quotes)
 )
 # What says something of the bytes, or hands them to another library.

@@ -295,7 +295,7 @@ import {imports}, sys, torch
 layer = squish_nf4.NF4Linear(64, 32)
 with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
     layer(torch.ones(5, 64))
-print(counter.get_total_flops(), [finder for finder in sys.meta_path if "squish" in str(finder)])
+print(counter.get_total_flops(), [finder for finder in sys.meta_path if "flops" in str(finder)])
 """
     done = run([sys.executable, "-c", code])
     assert done.stdout == "20480 []\n", done.stderr
