@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils._pytree import tree_map_only
@@ -38,11 +39,15 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
 
 
 def _checked(operator: OpOverload, function: Callable[..., Any], levels: _Levels, *args: Any, **kwargs: Any) -> Any:
-    """The operator's own checks, on tensors without memory; they leave nothing in the program."""
-    with disable_proxy_modes_tracing():
-        without_memory = tree_map_only(Tensor, _on_meta, (args, kwargs))
-        operator(*without_memory[0], **without_memory[1])
-    return function(levels, *args, **kwargs)
+    """The operator's own checks, on tensors without memory; they leave nothing in the program.
+
+    A layer's weight refuses what its bytes do not stand for; to a decomposition they are bytes.
+    """
+    with DisableTorchFunctionSubclass():
+        with disable_proxy_modes_tracing():
+            without_memory = tree_map_only(Tensor, _on_meta, (args, kwargs))
+            operator(*without_memory[0], **without_memory[1])
+        return function(levels, *args, **kwargs)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

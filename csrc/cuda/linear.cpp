@@ -12,7 +12,8 @@ template <typename T>
 constexpr int kMostPlainActivations = std::is_same_v<T, float> ? 32 : 16;
 constexpr int64_t kMostPlainColumns = int64_t{1} << 26;  // so that 32 rows have fewer than 2^32 values
 
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+constexpr uintptr_t kLoad = sizeof(uint4);  // what the kernels load at once
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kLoad == 0; }
 
 template <typename T>
 bool on_tensor_cores(const FewActivations<T>& call) {

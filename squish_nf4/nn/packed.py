@@ -101,12 +101,12 @@ class PackedModule(nn.Module):
             self._parameters["weight"] = PackedWeight(weight.data)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """After a pickle or a deep copy: the weight, a plain tensor there, becomes a PackedWeight where it is, so that
-        layers which share it still do."""
+        """After a pickle: the weight, a Parameter of torch there, becomes a PackedWeight where it is, so that layers
+        which share it still do."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         weight = self._parameters["weight"]
-        if type(weight) in (Tensor, nn.Parameter):
-            weight.requires_grad_(False).__class__ = PackedWeight  # type: ignore[union-attr]
+        if type(weight) is nn.Parameter:
+            weight.__class__ = PackedWeight
 
     # --- loading a state ---------------------------------------------------------------------------------------------
 

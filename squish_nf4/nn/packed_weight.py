@@ -84,8 +84,8 @@ class PackedWeight(nn.Parameter):
         raise refusal(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As a plain tensor: files are read without this library, and a module makes it a PackedWeight again."""
-        return plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        """As a Parameter of torch: files are read without this library, and a module makes it a PackedWeight again."""
+        return nn.Parameter(plain(self), False).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def name_of(func: Callable[..., Any]) -> str:

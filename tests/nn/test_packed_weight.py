@@ -177,12 +177,12 @@ def test_a_mode_of_torch_functions_sees_the_operator(layer: NF4Linear) -> None:
 
 
 @pytest.mark.parametrize("keep_vars", [False, True])
-def test_a_saved_state_holds_plain_tensors(layer: NF4Linear, keep_vars: bool) -> None:
+def test_a_saved_state_holds_nothing_of_ours(layer: NF4Linear, keep_vars: bool) -> None:
     file = io.BytesIO()
     torch.save(layer.state_dict(keep_vars=keep_vars), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    assert type(state["weight"]) is Tensor
+    assert type(state["weight"]) is nn.Parameter
     assert torch.equal(state["weight"], layer.weight)
 
 
