@@ -1,0 +1,1 @@
+"""squish_nf4 under other libraries: PEFT, accelerate."""

@@ -1,0 +1,90 @@
+"""Adapters of PEFT on quantized layers: they train, and a merge into packed bytes is refused in words of NF4."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from squish_nf4 import NF4Linear, quantize_model
+from tests.support.helpers import require_transformers, required_module
+
+# Of PEFT and transformers, about each other.
+OTHERS = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]
+pytestmark = [pytest.mark.sweeps, *OTHERS]
+TARGETS = ["q_proj", "up_proj"]
+IDS = torch.arange(1, 7).reshape(1, 6)
+Make = Callable[[Any], Any]
+
+# Those whose merge assigns layer.weight.data were off by 0.64 (IA3), 0.75 (MiSS) and 1.19 (RoAd) without a word.
+TRAINED: dict[str, Make] = {
+    "LoRA": lambda peft: peft.LoraConfig(r=4, target_modules=TARGETS),
+    "IA3": lambda peft: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["up_proj"]),
+    "MiSS": lambda peft: peft.MissConfig(r=4, target_modules=TARGETS),
+    "RoAd": lambda peft: peft.RoadConfig(target_modules=TARGETS, group_size=16),
+    "AdaLora": lambda peft: peft.AdaLoraConfig(r=4, target_modules=TARGETS, total_step=10),
+    "BOFT": lambda peft: peft.BOFTConfig(target_modules=TARGETS, boft_block_size=4),
+    "VeRA": lambda peft: peft.VeraConfig(r=4, target_modules=["q_proj"]),
+    "FourierFT": lambda peft: peft.FourierFTConfig(n_frequency=10, target_modules=["q_proj"]),
+    "C3A": lambda peft: peft.C3AConfig(block_size=16, target_modules=["q_proj"]),
+}
+# They begin with the dense weight: DoRA with its norms, HRA with its rotations, SHiRA by adding to some of it.
+REFUSED: dict[str, Make] = {
+    "DoRA": lambda peft: peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+    "HRA": lambda peft: peft.HRAConfig(r=4, target_modules=TARGETS),
+    "SHiRA": lambda peft: peft.ShiraConfig(r=4, target_modules=TARGETS),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    require_transformers()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{"vocab_size": 97, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    )
+    made: nn.Module = LlamaForCausalLM(config).eval()
+    quantize_model(made)
+    return made
+
+
+def packed_bytes(model: nn.Module) -> list[Tensor]:
+    return [module.weight.clone() for module in model.modules() if isinstance(module, NF4Linear)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected) == 14
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_adapter_trains_and_is_not_merged_into_bytes(model: nn.Module, name: str) -> None:
+    peft = required_module("peft")
+    adapted = peft.get_peft_model(copy.deepcopy(model), TRAINED[name](peft))
+    before = packed_bytes(adapted)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    adapted(IDS, labels=IDS).loss.backward()
+    torch.optim.SGD(trained, lr=0.1).step()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in trained)
+    for merge in (adapted.merge_adapter, adapted.merge_and_unload):
+        with pytest.raises(RuntimeError, match="packed NF4 bytes"):
+            merge()
+    assert_same(packed_bytes(adapted), before)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_adapter_that_needs_the_dense_weight_is_refused(model: nn.Module, name: str) -> None:
+    peft = required_module("peft")
+    adapted = copy.deepcopy(model)
+    config = REFUSED[name](peft)
+    with pytest.raises(RuntimeError, match="packed NF4 bytes"):
+        peft.get_peft_model(adapted, config)(IDS)
+    assert_same(packed_bytes(adapted), packed_bytes(model))
