@@ -160,7 +160,7 @@ def test_importing_loads_a_few_small_modules_and_nothing_else() -> None:
         "squish_nf4",
         *(f"squish_nf4.{name}" for name in ("_native", "_version", "_build_info", "_C")),
         *(f"squish_nf4.{name}" for name in ("ops", "layout", "vmap", "flops", "decompositions", "choose", "model")),
-        *(f"squish_nf4.{name}" for name in ("nn", "nn.linear", "nn.packed", "nn.packer")),
+        *(f"squish_nf4.{name}" for name in ("nn", "nn.linear", "nn.packed", "nn.packed_weight", "nn.packer")),
     }
     heavy = (
         "numpy",
