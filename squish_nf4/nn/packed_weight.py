@@ -69,8 +69,11 @@ class PackedWeight(nn.Parameter):
     ) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, OpOverload | OpOverloadPacket):  # below the functions that people call; ours among them
+            if all(each is PackedWeight for each in types):
+                with DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
             args, kwargs = tree_map_only(PackedWeight, plain, (args, kwargs))
-            return func(*args, **kwargs)
+            return func(*args, **kwargs)  # with the torch function of the others
         name = name_of(func)
         if name in ("requires_grad_", "requires_grad="):
             return _leave_untrained(*args, **kwargs)
