@@ -1,4 +1,4 @@
-"""Files handled with care: names that stay inside a directory, checksums, and what the disk really has.
+"""Files handled with care: names that stay inside a directory, JSON, checksums, and what the disk really has.
 
 What holds a file open syncs it itself (os.fsync); everything else about a path is asked here.
 """
@@ -6,11 +6,14 @@ What holds a file open syncs it itself (os.fsync); everything else about a path 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 AT_ONCE = 2**20  # bytes read in one step
+DEEPEST = 16  # objects and lists inside each other; no table of anybody needs half of that
 
 
 def lies_inside(path: Path, root: str | Path) -> bool:
@@ -51,6 +54,48 @@ def refuse_outside(path: Path, root: str) -> None:
             f"{path} is a link out of the directory, to {os.path.realpath(path)}: what is read stays inside {root}; "
             "copy the directory with its links followed (cp -rL), or move what it links to inside"
         )
+
+
+def require_there(path: Path) -> None:
+    """Raises FileNotFoundError if nothing is at path, or a link to nothing; OSError if the system does not let us look."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise FileNotFoundError(f"{path} is a link to nothing ({path.readlink()} is not there)") from None
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> OSError:
+    """The error, of the same kind, in a sentence that names the path."""
+    return OSError(error.errno, f"{path} cannot be read: {error.strerror or error}")
+
+
+def parse_json(text: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """What a JSON text holds. pairs makes the objects of their (name, value) pairs.
+
+    Raises:
+        ValueError: it is none, or nested so deeply that handling it could exhaust the stack.
+    """
+    too_deep = f"it is nested more than {DEEPEST} levels deep"
+    try:
+        value = json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level: Iterable[Any] = [value]
+    for _ in range(DEEPEST):
+        level = [inner for outer in level for inner in values_in(outer)]
+        if not level:
+            return value
+    raise ValueError(too_deep)
+
+
+def values_in(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def sha256_of_bytes(data: bytes) -> str:

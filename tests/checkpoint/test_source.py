@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import resource
 
 import pytest
 import torch
 
-from squish_nf4.checkpoint.source.shards import DTYPES, open_source, read_values
+from squish_nf4.checkpoint.source import tied
+from squish_nf4.checkpoint.source.shards import DTYPES, Entry, open_source, read_values
 from tests.support.directories import gaussian, raw_shard, save_index, save_shard
 
 
@@ -103,6 +107,65 @@ def test_a_name_that_two_shards_hold_is_refused(tmp_path):
     save_shard(tmp_path / "1.safetensors", {"a": gaussian(2, 4)})
     save_shard(tmp_path / "2.safetensors", {"a": gaussian(2, 4)})
     with pytest.raises(ValueError, match=r"tensor 'a' is in both 1.safetensors and 2.safetensors"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_shard_that_is_a_link_to_nothing_is_not_called_missing(tmp_path, indexed):
+    weight_map = two_shards(tmp_path)
+    if indexed:
+        save_index(tmp_path, weight_map)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    (tmp_path / "model-00002-of-00002.safetensors").symlink_to("blob")  # of a cache whose blobs were removed
+    with pytest.raises(FileNotFoundError, match=r"00002.safetensors is a link to nothing \(blob is not there\)"):
+        open_source(tmp_path)
+
+
+def test_a_shard_that_the_system_does_not_open_is_not_called_missing(tmp_path):
+    file = save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open("/dev/null", os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))  # a failure to open that meets root too
+    try:
+        with pytest.raises(OSError, match=r"x.safetensors cannot be read: Too many open files") as refused:
+            open_source(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not isinstance(refused.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "model.safetensors.index.json"])
+def test_what_must_not_be_read_is_said_to_be_so(tmp_path, monkeypatch, name):
+    save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
+    save_index(tmp_path, {"a": "x.safetensors"})
+    opened = io.open
+
+    def refuse(file, *args, **kwargs):
+        if str(file).endswith(name):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(PermissionError, match=f"{name} cannot be read: Permission denied"):
+        open_source(tmp_path)
+
+
+def test_a_link_that_leads_to_itself_is_said_to_do_so(tmp_path):
+    (tmp_path / "x.safetensors").symlink_to("x.safetensors")
+    with pytest.raises(OSError, match=r"x.safetensors cannot be read: Too many levels of symbolic links"):
+        open_source(tmp_path)
+
+
+NESTED = '{"weight_map": ' + "[" * 10**5 + "]" * 10**5 + "}"
+SAFELY_NESTED = '{"weight_map": ' + "[" * 500 + "]" * 500 + "}"  # Python parses it, and may fail to print it
+
+
+@pytest.mark.parametrize("text", [NESTED, SAFELY_NESTED], ids=["unparsed", "parsed"])
+def test_an_index_that_is_nested_deeply_is_refused_by_name(tmp_path, text):
+    two_shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index.json is not an index .* nested more than 16 levels deep"):
         open_source(tmp_path)
 
 
@@ -250,3 +313,20 @@ def test_the_index_is_not_a_small_file(tmp_path):
     save_index(tmp_path, two_shards(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({}))
     assert [str(place) for _, place in open_source(tmp_path).small_files] == ["config.json"]
+
+
+def test_no_tensor_is_read_twice_to_find_those_that_are_tied(tmp_path, monkeypatch):
+    alike = {f"constant{i}": torch.full((64, 64), 0.5) for i in range(30)}
+    for i in range(30):
+        alike[f"{i}"] = torch.zeros(64, 64)  # equal in the middle, and pairwise equal in all
+        alike[f"{i}"][0, 0] = i // 2 + 1
+    entries = open_source(save_shard(tmp_path / "x.safetensors", alike)).entries
+    looks = []
+
+    def count(entry: Entry, first: int, number: int) -> torch.Tensor:
+        looks.append(number)
+        return read_values(entry, first, number)
+
+    monkeypatch.setattr(tied, "read_values", count)
+    assert len(tied.find_tied(entries)) == 15
+    assert sum(looks) <= 60 * (tied.SAMPLE + 1 + 64 * 64)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from squish_nf4._version import __version__
 from squish_nf4.checkpoint.conversion.options import ConvertOptions
 from squish_nf4.checkpoint.directory.format import DRAFT
-from squish_nf4.checkpoint.files import sync
+from squish_nf4.checkpoint.files import parse_json, sync
 from squish_nf4.checkpoint.source.shards import Entry, Shard, Source
 from squish_nf4.checkpoint.values import dtype_name, dtype_named
 
@@ -50,7 +50,7 @@ class Journal:
         text = self.file.readall()
         whole = text.rfind(b"\n") + 1
         try:
-            lines = [json.loads(line) for line in text[:whole].splitlines()]
+            lines = [parse_json(line) for line in text[:whole].splitlines()]
         except ValueError as error:
             raise ValueError(f"{self.path} is damaged ({error}); remove the directory to convert anew") from error
         if not lines or not all(isinstance(line, dict) for line in lines):

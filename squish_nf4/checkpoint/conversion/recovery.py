@@ -12,7 +12,7 @@ from typing import Any
 from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.conversion.output import Output, Record
 from squish_nf4.checkpoint.directory.format import JOURNAL, MANIFEST, READY, SIDECAR, STATS, TENSORS, State, state_of
-from squish_nf4.checkpoint.files import inside, place_file, sha256_of, sync
+from squish_nf4.checkpoint.files import inside, parse_json, place_file, sha256_of, sync
 
 PART = re.compile(r"\.squish_nf4-[0-9a-f]{8}-\d+\.part")
 
@@ -173,7 +173,7 @@ def written_before(path: Path, journal: Journal | None) -> Iterator[str]:
         copied = {fact["copied"]: fact["record"] for fact in journal.facts if "copied" in fact}
     else:
         try:
-            sidecar = json.loads((path / SIDECAR).read_bytes())
+            sidecar = parse_json((path / SIDECAR).read_bytes())
             tensors, copied = list(sidecar["tensors"].values()), sidecar["copied"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(

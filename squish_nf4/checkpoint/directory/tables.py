@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from squish_nf4.checkpoint.directory.format import MANIFEST, SIDECAR, check_key
-from squish_nf4.checkpoint.files import require_file, sync
+from squish_nf4.checkpoint.files import parse_json, require_file, sync
 from squish_nf4.checkpoint.messages import listed, shorten
 
 LARGEST_TABLE = 2**29  # bytes; a record of squish_nf4.json takes about 700
@@ -79,8 +79,8 @@ def read_table(file: Path) -> dict[str, Any]:
     if (size := file.stat().st_size) > LARGEST_TABLE:
         raise ValueError(f"{file} has {size} bytes; at most {LARGEST_TABLE} are read")
     try:
-        table = json.loads(file.read_bytes(), object_pairs_hook=without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
+        table = parse_json(file.read_bytes(), without_duplicates)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(table, dict):
         raise ValueError(f"{file} is not a JSON object")

@@ -6,7 +6,6 @@ read at once, and a file that is cut short meanwhile is an error and not a dead 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from squish_nf4.checkpoint.files import sha256_of_bytes
+from squish_nf4.checkpoint.files import parse_json, require_there, sha256_of_bytes, unreadable
 from squish_nf4.checkpoint.messages import listed, shorten
 from squish_nf4.checkpoint.source.small_files import INDEX_SUFFIX, collect_small_files, other_weights
 
@@ -132,14 +131,15 @@ def open_source(path: Path, removed: Recalled = MappingProxyType({})) -> Source:
 
     Raises:
         FileNotFoundError: path, or a shard that the index names, is not there.
+        OSError: one of them cannot be read.
         ValueError: nothing to convert, a damaged shard, an index that is wrong, or a dtype that cannot be stored.
     """
+    if path not in removed:
+        require_there(path)
     if path.is_dir():
         source = open_folder(path, removed)
     elif path in removed:
         source = Source(removed[path])
-    elif not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
     elif path.suffix == ".safetensors":
         source = Source(list_tensors([path], removed))
     else:
@@ -182,7 +182,7 @@ def find_index(directory: Path) -> Path | None:
 def read_index(index: Path, removed: Recalled) -> dict[Path, set[str]]:
     """{shard: the tensors it should hold}, in the order of the file names."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = parse_json(read_whole(index))["weight_map"]
         names_of: dict[str, set[str]] = {}
         for name, shard in weight_map.items():
             names_of.setdefault(shard, set()).add(name)
@@ -192,10 +192,21 @@ def read_index(index: Path, removed: Recalled) -> dict[Path, set[str]]:
     if strange:
         raise ValueError(f"{index} names {shorten(strange[0])}, which is no .safetensors file of its directory")
     paths = {index.parent / shard for shard in names_of}
-    missing = sorted(path.name for path in paths if path not in removed and not path.exists())
-    if missing:
+    if missing := sorted(path.name for path in paths if path not in removed and is_missing(path)):
         raise FileNotFoundError(f"{index} names {missing[0]}, which is not in {index.parent} ({len(missing)} missing)")
     return {index.parent / shard: names_of[shard] for shard in sorted(names_of)}
+
+
+def read_whole(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def is_missing(shard: Path) -> bool:
+    """Whether nothing has that name. What is there and cannot be opened is said when it is read."""
+    return not os.path.lexists(shard)
 
 
 def compare_with_index(entries: list[Entry], shards: dict[Path, set[str]], index: Path) -> list[str]:
@@ -253,13 +264,23 @@ def describe(path: Path) -> tuple[Shard, int]:
 @contextmanager
 def opened_shard(shard: Path) -> Iterator[Any]:
     """safe_open, with errors that name the file and the usual cause."""
-    if shard.exists() and not shard.is_file():
+    require_there(shard)
+    if not shard.is_file():
         raise ValueError(f"{shard} is no regular file; a shard is one, or a link to one")
     try:
-        with safe_open(shard, framework="pt") as file:
+        with opened_by_safetensors(shard) as file:
             yield file
     except SafetensorError as error:
         with shard.open("rb") as file:
             is_pointer = file.read(30).startswith(b"version https://git-lfs")
         cause = "a Git LFS pointer; fetch the weights with: git lfs pull" if is_pointer else f"damaged: {error}"
         raise ValueError(f"{shard} is {cause}") from error
+
+
+def opened_by_safetensors(shard: Path) -> Any:
+    """safetensors calls every file missing that it cannot open; here the system says why."""
+    try:
+        shard.open("rb").close()
+        return safe_open(shard, framework="pt")
+    except OSError as error:
+        raise unreadable(shard, error) from error
