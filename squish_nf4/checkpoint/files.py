@@ -57,7 +57,7 @@ def refuse_outside(path: Path, root: str) -> None:
 
 
 def require_there(path: Path) -> None:
-    """Raises FileNotFoundError if nothing is at path, or a link to nothing; OSError if the system does not let us look."""
+    """Raises FileNotFoundError if nothing is at path, or a link to nothing; OSError if the system refuses to look."""
     try:
         path.stat()
     except FileNotFoundError:
