@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -154,8 +155,33 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def removed_on_error(part: Path) -> Iterator[Path]:
+    """The part file, which does not stay if what is done with it fails."""
+    try:
+        yield part
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def is_free(target: Path, root: Path) -> bool:
+    """Whether a file can be made at target: nothing is there, and folders inside root, links followed, lead to it."""
+    nearest = next(folder for folder in target.parents if os.path.lexists(folder))
+    return not os.path.lexists(target) and nearest.is_dir() and lies_inside(nearest, root)
+
+
 def place_file(part: Path, final: Path) -> None:
     """Gives a finished file its name. FileExistsError: there is something of that name, which stays."""
-    if final.exists() or final.is_symlink():
+    if os.path.lexists(final):
         raise FileExistsError(f"{final} is there already, and this conversion did not write it")
     part.rename(final)
+
+
+def place_empty_file(final: Path) -> None:
+    """Makes an empty file, unless it is there. FileExistsError: something else is."""
+    try:
+        final.open("xb").close()
+    except FileExistsError:
+        if final.is_symlink() or not final.is_file():
+            raise FileExistsError(f"{final} is there already, and this conversion did not write it") from None

@@ -62,7 +62,7 @@ def test_one_that_was_finished_while_this_one_looked_at_its_source_is_refused_to
     out = tmp_path / "out"
     begin = recovery.begin
 
-    def another(path: Path, header: dict[str, Any], *, overwrite: bool) -> Output:
+    def another(path: Path, header: dict[str, Any], *, overwrite: bool) -> Journal:
         monkeypatch.undo()
         convert(source / "1.safetensors", out)
         return begin(path, header, overwrite=overwrite)
@@ -208,7 +208,7 @@ def test_nothing_outside_is_touched_whatever_the_journal_says(
             closing(Journal(out / "squish_nf4.journal")) as journal,
             pytest.raises(ValueError, match="lies outside it"),
         ):
-            recovery.recover(out, journal)
+            recovery.recover(Output(out, journal))
     refused_to_overwrite(source, out, ValueError, "lies outside it")
     assert (tmp_path / "victim").read_text() == (tmp_path / "folder" / "victim").read_text() == "theirs"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -43,8 +44,8 @@ def bytes_freed(path: Path, overwrite: bool) -> int:
     return sum(file.lstat().st_size for file in files if file.is_file())
 
 
-def begin(path: Path, header: Record, *, overwrite: bool) -> Output:
-    """A new output in a new or empty directory, or in place of an earlier one, of which all goes that this tool wrote.
+def begin(path: Path, header: Record, *, overwrite: bool) -> Journal:
+    """The journal of an output in a new or empty directory, or in place of an earlier one, which recover then clears.
 
     Raises:
         BlockingIOError: another conversion is writing there.
@@ -62,8 +63,7 @@ def begin(path: Path, header: Record, *, overwrite: bool) -> Output:
                 refuse_only_copy(path, old, header)
             return {**header, "replaces": None if state is State.NEW else list(written_before(path, old))}
 
-        journal = Journal.create(path / JOURNAL, whole_header)
-    return recover(path, journal)
+        return Journal.create(path / JOURNAL, whole_header)
 
 
 def refuse_only_copy(path: Path, journal: Journal, header: Record) -> None:
@@ -80,17 +80,12 @@ def removed_by(journal: Journal) -> list[str]:
     return [fact["removed"] for fact in journal.facts if "removed" in fact]
 
 
-def resume(path: Path, journal: Journal, header: Record) -> Output:
-    """The output of an earlier run, with what that had finished.
-
-    Raises:
-        ValueError: the source or an option is not what it was then, or a finished file was changed.
-    """
+def refuse_another(path: Path, journal: Journal, header: Record) -> None:
+    """Raises ValueError if the source or an option is not what it was in the earlier run that resume goes on with."""
     compared = {"journal", "writer", "options", "shards"}  # "tensors" and "tied" follow from these
     if not removed_by(journal):  # else there is no way back, and what was removed matters more than a changed text
         compared.add("small_files")
     refuse_changes(path, journal.header, {what: facts for what, facts in header.items() if what in compared})
-    return recover(path, journal)
 
 
 def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -109,13 +104,21 @@ def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         )
 
 
-def recover(path: Path, journal: Journal) -> Output:
-    """Clears what is replaced, settles what the journal holds, and removes the part files of what it does not."""
+def recover(output: Output) -> None:
+    """Clears what is replaced, settles what the journal holds, and removes the part files of what it does not.
+
+    Raises:
+        ValueError: a finished file is not as it was written, or lies outside.
+    """
+    path, journal = output.path, output.journal
+    sync(path)  # a new journal has its name
     if journal.header.get("replaces") is not None and not any("cleared" in fact for fact in journal.facts):
         clear(path, journal.header["replaces"])
         journal.append([{"cleared": True}])
-    output = Output(path, journal)
-    output.folder.mkdir(exist_ok=True)
+    if not os.path.lexists(output.folder):
+        output.folder.mkdir()
+    if output.folder.is_symlink() or not output.folder.is_dir():
+        raise ValueError(f"{output.folder} is no folder of this conversion; move it away")
     for fact in journal.facts:
         if "tensor" in fact and settle(path, TENSORS, fact, fact["record"]["files"]):
             output.records[fact["tensor"]] = fact["record"]
@@ -124,7 +127,6 @@ def recover(path: Path, journal: Journal) -> Output:
     for file in output.folder.iterdir():
         if PART.fullmatch(file.name):
             file.unlink()
-    return output
 
 
 def settle(path: Path, folder: str, fact: Mapping[str, Any], files: Mapping[str, Record]) -> bool:
@@ -141,7 +143,7 @@ def settle(path: Path, folder: str, fact: Mapping[str, Any], files: Mapping[str,
     for (final, part), record in zip(places.items(), files.values(), strict=True):
         if part.exists():
             place_file(part, final)
-        if final.stat().st_size != record["bytes"]:
+        if final.is_symlink() or final.stat().st_size != record["bytes"]:
             raise ValueError(f"{final} was changed since it was written; move it away, and it is written again")
     return True
 
