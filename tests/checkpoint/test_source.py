@@ -10,8 +10,9 @@ import resource
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from squish_nf4.checkpoint.source import tied
+from squish_nf4.checkpoint.source import shard_file, tied
 from squish_nf4.checkpoint.source.shards import DTYPES, Entry, open_source, read_values
 from tests.support.directories import gaussian, raw_shard, save_index, save_shard
 
@@ -252,6 +253,30 @@ def test_stretches_of_every_dtype_are_what_torch_reads(tmp_path, dtype):
             read = read_values(entry, first, count)
             assert read.dtype == tensor.dtype
             assert torch.equal(read.view(torch.uint8), flat[first * itemsize : (first + count) * itemsize])
+
+
+def test_a_shard_that_another_file_replaces_is_refused(tmp_path):
+    """Of the same size and time."""
+    file = save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
+    [entry] = open_source(file).entries
+    other = save_shard(tmp_path / "other", {"a": gaussian(2, 4, seed=8)})
+    os.utime(other, ns=(0, file.stat().st_mtime_ns))
+    other.replace(file)
+    with pytest.raises(ValueError, match=r"x.safetensors was changed while it was read"):
+        read_values(entry, 0, 8)
+
+
+def test_a_shard_that_is_replaced_while_its_header_is_read_is_refused(tmp_path, monkeypatch):
+    file = save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
+    other = save_shard(tmp_path / "other", {"b": gaussian(4, 2)})
+
+    def replaced_first(*args, **kwargs):
+        other.replace(file)
+        return safe_open(*args, **kwargs)
+
+    monkeypatch.setattr(shard_file, "safe_open", replaced_first)
+    with pytest.raises(ValueError, match=r"x.safetensors was changed while it was read"):
+        open_source(file)
 
 
 def test_a_shard_that_changes_while_it_is_read_is_refused(tmp_path):

@@ -21,7 +21,8 @@ from squish_nf4._version import __version__
 from squish_nf4.checkpoint.conversion.options import ConvertOptions
 from squish_nf4.checkpoint.directory.format import DRAFT
 from squish_nf4.checkpoint.files import parse_json, sync
-from squish_nf4.checkpoint.source.shards import Entry, Shard, Source
+from squish_nf4.checkpoint.source.shard_file import Shard
+from squish_nf4.checkpoint.source.shards import Entry, Source
 from squish_nf4.checkpoint.values import dtype_name, dtype_named
 
 VERSION = 1  # of the journal
