@@ -174,7 +174,7 @@ def is_free(target: Path, root: Path) -> bool:
 def place_file(part: Path, final: Path) -> None:
     """Gives a finished file its name. FileExistsError: there is something of that name, which stays."""
     if os.path.lexists(final):
-        raise FileExistsError(f"{final} is there already, and this conversion did not write it")
+        raise taken(final)
     part.rename(final)
 
 
@@ -184,4 +184,8 @@ def place_empty_file(final: Path) -> None:
         final.open("xb").close()
     except FileExistsError:
         if final.is_symlink() or not final.is_file():
-            raise FileExistsError(f"{final} is there already, and this conversion did not write it") from None
+            raise taken(final) from None
+
+
+def taken(final: Path) -> FileExistsError:
+    return FileExistsError(f"{final} is there already, and this conversion did not write it; move it away")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from squish_nf4.checkpoint.conversion import recovery
 from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.conversion.options import ConvertOptions
-from squish_nf4.checkpoint.conversion.output import Output
 from squish_nf4.checkpoint.conversion.plan import make_plan
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
@@ -164,8 +162,12 @@ def test_overwrite_refuses_what_another_program_wrote(source: Path, tmp_path: Pa
 def test_overwrite_refuses_to_delete_a_tensors_file_that_was_changed(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(source, out)
-    (out / "tensors" / "1__bias__pt.npy").write_text("theirs")
-    refused_to_overwrite(source, out, ValueError, r"1__bias__pt.npy was changed since it was written")
+    file = out / "tensors" / "1__bias__pt.npy"
+    flipped = bytearray(file.read_bytes())
+    flipped[-1] ^= 1
+    for changed in (b"theirs", bytes(flipped)):
+        file.write_bytes(changed)
+        refused_to_overwrite(source, out, ValueError, r"1__bias__pt.npy was changed since it was written")
 
 
 @pytest.mark.parametrize("name", ["../../victim", "/etc/hostname", "x/../../../victim"])
@@ -180,33 +182,48 @@ def test_overwrite_deletes_nothing_outside_whatever_the_sidecar_says(source: Pat
     assert (tmp_path / "victim").read_text() == "theirs"
 
 
+def replacing(lines: list[dict[str, Any]], name: str) -> None:
+    lines[0]["replaces"] = [name]
+
+
+def of_a_tensor(lines: list[dict[str, Any]], name: str) -> None:
+    [fact] = [fact for fact in lines if fact.get("tensor") == "1.bias"]
+    fact["parts"] = {name: name}
+    fact["record"]["files"] = {name: {"bytes": 6, "sha256": ""}}
+
+
+def copied(lines: list[dict[str, Any]], name: str) -> None:
+    lines.append({"copied": name, "parts": {name: name}, "record": {"bytes": 6, "sha256": ""}})
+
+
 @pytest.mark.parametrize("name", ["../../victim", "../victim", "/etc/hostname"])
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        lambda name: [{"journal": 1, "replaces": [name]}],
-        lambda name: [
-            {"journal": 1},
-            {"tensor": "w", "parts": {name: name}, "record": {"files": {name: {"bytes": 6}}}},
-        ],
-        lambda name: [{"journal": 1}, {"copied": name, "parts": {name: name}, "record": {"bytes": 6, "sha256": ""}}],
-    ],
-)
+@pytest.mark.parametrize("hostile", [replacing, of_a_tensor, copied])
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}], ids=["resume", "overwrite"])
 def test_nothing_outside_is_touched_whatever_the_journal_says(
-    source: Path, tmp_path: Path, hostile: Callable[[str], list[dict[str, Any]]], name: str
+    source: Path,
+    tmp_path: Path,
+    hostile: Callable[[list[dict[str, Any]], str], None],
+    name: str,
+    options: dict[str, bool],
 ) -> None:
     out = tmp_path / "folder" / "out"
-    (out / "tensors").mkdir(parents=True)
+
+    def stop(progress: Progress) -> None:
+        if progress.tensor == "2.weight":
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        convert(source, out, progress=stop)
     for victim in (tmp_path / "victim", tmp_path / "folder" / "victim"):
         victim.write_text("theirs")
-    (out / "squish_nf4.journal").write_text("".join(json.dumps(line) + "\n" for line in hostile(name)))
-    if hostile(name)[1:]:
-        with (
-            closing(Journal(out / "squish_nf4.journal")) as journal,
-            pytest.raises(ValueError, match="lies outside it"),
-        ):
-            recovery.recover(Output(out, journal))
-    refused_to_overwrite(source, out, ValueError, "lies outside it")
+    lines = [json.loads(line) for line in (out / "squish_nf4.journal").read_bytes().splitlines()]
+    hostile(lines, name)
+    (out / "squish_nf4.journal").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = files(tmp_path / "folder")
+    with pytest.raises(ValueError, match="lies outside it"):
+        convert(source, out, **options)
+    if "overwrite" in options:
+        assert files(tmp_path / "folder") == before
     assert (tmp_path / "victim").read_text() == (tmp_path / "folder" / "victim").read_text() == "theirs"
 
 

@@ -19,7 +19,8 @@ import torch
 from squish_nf4.checkpoint.conversion import recovery
 from squish_nf4.checkpoint.conversion.budget import DEFAULT_MAX_RAM, share_out
 from squish_nf4.checkpoint.conversion.devices import device_named
-from squish_nf4.checkpoint.conversion.journal import Journal, header_of
+from squish_nf4.checkpoint.conversion.forms import open_journal
+from squish_nf4.checkpoint.conversion.journal import header_of
 from squish_nf4.checkpoint.conversion.options import ConvertOptions
 from squish_nf4.checkpoint.conversion.output import Output
 from squish_nf4.checkpoint.conversion.plan import ConvertPlan, make_plan
@@ -102,7 +103,7 @@ def convert(
     with ExitStack() as stack:
         journal = None
         if state_of(dst) is State.UNFINISHED and not overwrite:
-            journal = stack.enter_context(closing(Journal(dst / JOURNAL)))
+            journal = stack.enter_context(closing(open_journal(dst / JOURNAL)))
         plan = make_plan(src, chosen, journal)
         budget = share_out(max_ram, plan.longest_row, torch.get_num_threads())
         done = {fact["tensor"] for fact in journal.facts if "tensor" in fact} if journal else ()

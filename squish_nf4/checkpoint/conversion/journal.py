@@ -51,12 +51,13 @@ class Journal:
         self.file.seek(0)
         text = self.file.readall()
         whole = text.rfind(b"\n") + 1
+        anew = f"if the source is still whole, remove {self.path.parent} to convert anew"
         try:
             lines = [parse_json(line) for line in text[:whole].splitlines()]
         except ValueError as error:
-            raise ValueError(f"{self.path} is damaged ({error}); remove the directory to convert anew") from error
+            raise ValueError(f"{self.path} is damaged ({error}); {anew}") from error
         if not lines or not all(isinstance(line, dict) for line in lines):
-            raise ValueError(f"{self.path} is not the journal of a conversion")
+            raise ValueError(f"{self.path} is not the journal of a conversion; {anew}")
         self.file.truncate(whole)
         self.file.seek(whole)
         return lines

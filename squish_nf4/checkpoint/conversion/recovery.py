@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+from squish_nf4.checkpoint.conversion.forms import WRITTEN, open_journal
 from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.conversion.output import Output, Record
 from squish_nf4.checkpoint.directory.format import JOURNAL, MANIFEST, READY, SIDECAR, STATS, TENSORS, State, state_of
@@ -35,10 +36,11 @@ def bytes_freed(path: Path, overwrite: bool) -> int:
     """Bytes of the files that go before the first is written: part files that were left, and what is replaced."""
     state = state_of(path)
     with ExitStack() as locked:
-        old = (
-            locked.enter_context(closing(Journal(path / JOURNAL))) if overwrite and state is State.UNFINISHED else None
-        )
-        files = [path / name for name in written_before(path, old)] if overwrite and state is not State.NEW else []
+        old, files = None, []
+        if overwrite and state is State.UNFINISHED:
+            old = locked.enter_context(closing(open_journal(path / JOURNAL)))
+        if overwrite and state is not State.NEW:
+            files = [path / name for name in written_before(path, old, unchanged=has_its_size)]
     if (path / TENSORS).is_dir():
         files += [file for file in (path / TENSORS).iterdir() if PART.fullmatch(file.name)]
     return sum(file.lstat().st_size for file in files if file.is_file())
@@ -59,9 +61,12 @@ def begin(path: Path, header: Record, *, overwrite: bool) -> Journal:
             refuse_unless_free(path, resume=False, overwrite=overwrite)
             state, old = state_of(path), None
             if state is State.UNFINISHED:
-                old = locked.enter_context(closing(Journal(path / JOURNAL)))
+                old = locked.enter_context(closing(open_journal(path / JOURNAL)))
                 refuse_only_copy(path, old, header)
-            return {**header, "replaces": None if state is State.NEW else list(written_before(path, old))}
+            return {
+                **header,
+                "replaces": None if state is State.NEW else list(written_before(path, old, unchanged=is_as_written)),
+            }
 
         return Journal.create(path / JOURNAL, whole_header)
 
@@ -95,7 +100,8 @@ def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         if old == new:
             continue
         if isinstance(old, dict):
-            what = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+            absent = object()
+            what = next(name for name in {**old, **new} if old.get(name, absent) != new.get(name, absent))
             old, new = old.get(what), new.get(what)
         found = f": it was {old}, and is {new}" if len(f"{old}{new}") < 200 else ""
         raise ValueError(
@@ -143,9 +149,20 @@ def settle(path: Path, folder: str, fact: Mapping[str, Any], files: Mapping[str,
     for (final, part), record in zip(places.items(), files.values(), strict=True):
         if part.exists():
             place_file(part, final)
-        if final.is_symlink() or final.stat().st_size != record["bytes"]:
+        if not is_as_written(final, record):
             raise ValueError(f"{final} was changed since it was written; move it away, and it is written again")
     return True
+
+
+def has_its_size(file: Path, record: Record) -> bool:
+    return not file.is_symlink() and file.is_file() and file.stat().st_size == int(record["bytes"])
+
+
+def is_as_written(file: Path, record: Record) -> bool:
+    if not has_its_size(file, record):
+        return False
+    with file.open("rb") as reader:
+        return sha256_of(reader) == str(record["sha256"])
 
 
 def clear(path: Path, names: list[str]) -> None:
@@ -159,10 +176,10 @@ def clear(path: Path, names: list[str]) -> None:
         file.unlink(missing_ok=True)
 
 
-def written_before(path: Path, journal: Journal | None) -> Iterator[str]:
+def written_before(path: Path, journal: Journal | None, *, unchanged: Callable[[Path, Record], bool]) -> Iterator[str]:
     """The files, relative to path, that an earlier conversion wrote; of the small ones, those that are as they were.
 
-    journal: of that conversion, if it is unfinished.
+    journal: of that conversion, if it is unfinished. unchanged: whether a file is as it was, by its record.
 
     Raises:
         ValueError: path has no squish_nf4.json, or one that is damaged; or a tensor's file was changed.
@@ -174,23 +191,27 @@ def written_before(path: Path, journal: Journal | None) -> Iterator[str]:
         tensors = [fact["record"] for fact in journal.facts if "tensor" in fact]
         copied = {fact["copied"]: fact["record"] for fact in journal.facts if "copied" in fact}
     else:
-        try:
-            sidecar = parse_json((path / SIDECAR).read_bytes())
-            tensors, copied = list(sidecar["tensors"].values()), sidecar["copied"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} cannot be overwritten: its {SIDECAR} does not say which files are this tool's ({error!r})"
-            ) from error
+        tensors, copied = read_written(path)
     for record in tensors:
         for name, facts in record["files"].items():
-            if (file := inside(path, TENSORS, name)).exists():
-                if file.is_symlink() or file.stat().st_size != facts["bytes"]:
+            if os.path.lexists(file := inside(path, TENSORS, name)):
+                if not unchanged(file, facts):
                     raise ValueError(f"{file} was changed since it was written, and is not overwritten; move it away")
                 yield f"{TENSORS}/{name}"
     for name, facts in copied.items():
-        file = inside(path, "", name)
-        if file.is_file():
-            with file.open("rb") as stream:
-                unchanged = sha256_of(stream) == facts["sha256"]
-            if unchanged:
-                yield name
+        if unchanged(inside(path, "", name), facts):
+            yield name
+
+
+def read_written(path: Path) -> tuple[list[Record], dict[str, Record]]:
+    """The records of the tensors and of the small files that squish_nf4.json says were written."""
+    try:
+        sidecar = parse_json((path / SIDECAR).read_bytes())
+        if not WRITTEN(sidecar):
+            raise ValueError("it is damaged")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be overwritten: its {SIDECAR} does not say which files are this tool's ({error}); move the "
+            "directory away"
+        ) from error
+    return list(sidecar["tensors"].values()), sidecar["copied"]
