@@ -168,15 +168,19 @@ def find_index(directory: Path) -> Path | None:
 
 def read_index(index: Path, removed: Recalled) -> dict[Path, set[str]]:
     """{shard: the tensors it should hold}, in the order of the file names."""
-    try:
-        with opened(index) as file:
-            weight_map = parse_json(file.read())["weight_map"]
-        names_of: dict[str, set[str]] = {}
-        for name, shard in weight_map.items():
-            names_of.setdefault(shard, set()).add(name)
-        strange = [shard for shard in names_of if Path(shard).name != shard or Path(shard).suffix != ".safetensors"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
+    no_index = f"{index} is not an index of safetensors shards"
+    with opened(index) as file:
+        try:
+            table = parse_json(file.read())
+        except ValueError as error:
+            raise ValueError(f"{no_index}: {error}") from error
+    weight_map = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{no_index}: its weight_map is not an object of file names")
+    names_of: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        names_of.setdefault(shard, set()).add(name)
+    strange = [shard for shard in names_of if Path(shard).name != shard or Path(shard).suffix != ".safetensors"]
     if strange:
         raise ValueError(f"{index} names {shorten(strange[0])}, which is no .safetensors file of its directory")
     paths = {index.parent / shard for shard in names_of}
