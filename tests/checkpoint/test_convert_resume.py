@@ -362,6 +362,13 @@ def test_a_finished_file_that_was_changed_is_refused_and_one_that_is_gone_is_wri
     assert contents(out) == contents(tmp_path / "fresh")
 
 
+def test_a_shard_of_before_1970_is_gone_on_with(source: Path, tmp_path: Path) -> None:
+    os.utime(source / "1.safetensors", (-5, -5))
+    os.utime(source / "config.json", (-5, -5))
+    stopped(source, tmp_path / "out")
+    assert convert(source, tmp_path / "out", resume=True).resumed == 4
+
+
 def test_a_line_cut_short_never_was(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(source, tmp_path / "fresh")

@@ -21,11 +21,18 @@ LARGEST = 2**63
 
 def is_text(value: Any) -> bool:
     """A string that can be part of a file's name: no NUL, no lone surrogate."""
-    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < LARGEST
+
+
+def is_time(value: Any) -> bool:
+    return type(value) is int and abs(value) < LARGEST
 
 
 def is_number(value: Any) -> bool:
@@ -97,8 +104,8 @@ HEADER = holding(
         "journal": is_count,
         "writer": is_text,
         "options": lambda value: isinstance(value, dict),
-        "shards": named(holding({"bytes": is_count, "mtime_ns": is_count, "header_sha256": is_text})),
-        "small_files": named(holding({"bytes": is_count, "mtime_ns": is_count})),
+        "shards": named(holding({"bytes": is_count, "mtime_ns": is_time, "header_sha256": is_text})),
+        "small_files": named(holding({"bytes": is_count, "mtime_ns": is_time})),
         "tensors": named(
             lambda value: (
                 isinstance(value, list)

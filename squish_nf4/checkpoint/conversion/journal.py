@@ -84,7 +84,7 @@ class Journal:
             except OSError as error:
                 raise OSError(error.errno, f"{path} cannot be begun: {error.strerror}; nothing was changed") from error
         except BaseException:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
             file.close()
             raise
         return Journal(path, file)
