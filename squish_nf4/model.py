@@ -93,9 +93,10 @@ def quantize_model(
         What was quantized, what was left alone and why.
 
     Raises:
-        TypeError: ``model`` is itself an nn.Linear, which cannot be replaced in place.
+        TypeError: ``model`` is no module, or is itself an nn.Linear, which cannot be replaced in place.
         ValueError: a weight holds NaN or infinity, group_size is not positive, or a pattern of only matches no module.
     """
+    _require_module("quantize_model", model)
     if group_size < 1:
         raise ValueError(f"quantize_model: group_size must be at least 1, got {group_size}")
     if isinstance(model, nn.Linear) and not isinstance(model, NF4Linear):
@@ -126,8 +127,9 @@ def dequantize_model(model: nn.Module) -> tuple[str, ...]:
         The names of the replaced layers.
 
     Raises:
-        TypeError: ``model`` is itself an NF4Linear, which cannot be replaced in place.
+        TypeError: ``model`` is no module, or is itself an NF4Linear, which cannot be replaced in place.
     """
+    _require_module("dequantize_model", model)
     if isinstance(model, NF4Linear):
         raise TypeError("dequantize_model: a bare NF4Linear cannot be replaced in place; use its to_linear()")
     dense: dict[int, nn.Linear] = {}
@@ -144,6 +146,11 @@ def dequantize_model(model: nn.Module) -> tuple[str, ...]:
         setattr(parent, attribute, dense[id(module)])
         names.append(name)
     return tuple(names)
+
+
+def _require_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
 
 
 def _require_finite(candidate: Candidate) -> None:

@@ -1,4 +1,4 @@
-"""Files handled with care: names that stay inside a directory, checksums, and what the disk really has.
+"""Files handled with care: names that stay inside a directory, JSON, checksums, and what the disk really has.
 
 What holds a file open syncs it itself (os.fsync); everything else about a path is asked here.
 """
@@ -6,11 +6,15 @@ What holds a file open syncs it itself (os.fsync); everything else about a path 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 AT_ONCE = 2**20  # bytes read in one step
+DEEPEST = 16  # objects and lists inside each other; no table of anybody needs half of that
 
 
 def lies_inside(path: Path, root: str | Path) -> bool:
@@ -51,6 +55,48 @@ def refuse_outside(path: Path, root: str) -> None:
             f"{path} is a link out of the directory, to {os.path.realpath(path)}: what is read stays inside {root}; "
             "copy the directory with its links followed (cp -rL), or move what it links to inside"
         )
+
+
+def require_there(path: Path) -> None:
+    """Raises FileNotFoundError if nothing is at path, or a link to nothing; OSError if the system refuses to look."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise FileNotFoundError(f"{path} is a link to nothing ({path.readlink()} is not there)") from None
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> OSError:
+    """The error, of the same kind, in a sentence that names the path."""
+    return OSError(error.errno, f"{path} cannot be read: {error.strerror or error}")
+
+
+def parse_json(text: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """What a JSON text holds. pairs makes the objects of their (name, value) pairs.
+
+    Raises:
+        ValueError: it is none, or nested so deeply that handling it could exhaust the stack.
+    """
+    too_deep = f"it is nested more than {DEEPEST} levels deep"
+    try:
+        value = json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level: Iterable[Any] = [value]
+    for _ in range(DEEPEST):
+        level = [inner for outer in level for inner in values_in(outer)]
+        if not level:
+            return value
+    raise ValueError(too_deep)
+
+
+def values_in(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def sha256_of_bytes(data: bytes) -> str:
@@ -109,8 +155,37 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def removed_on_error(part: Path) -> Iterator[Path]:
+    """The part file, which does not stay if what is done with it fails."""
+    try:
+        yield part
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def is_free(target: Path, root: Path) -> bool:
+    """Whether a file can be made at target: nothing is there, and folders inside root, links followed, lead to it."""
+    nearest = next(folder for folder in target.parents if os.path.lexists(folder))
+    return not os.path.lexists(target) and nearest.is_dir() and lies_inside(nearest, root)
+
+
 def place_file(part: Path, final: Path) -> None:
     """Gives a finished file its name. FileExistsError: there is something of that name, which stays."""
-    if final.exists() or final.is_symlink():
-        raise FileExistsError(f"{final} is there already, and this conversion did not write it")
+    if os.path.lexists(final):
+        raise taken(final)
     part.rename(final)
+
+
+def place_empty_file(final: Path) -> None:
+    """Makes an empty file, unless it is there. FileExistsError: something else is."""
+    try:
+        final.open("xb").close()
+    except FileExistsError:
+        if final.is_symlink() or not final.is_file():
+            raise taken(final) from None
+
+
+def taken(final: Path) -> FileExistsError:
+    return FileExistsError(f"{final} is there already, and this conversion did not write it; move it away")

@@ -34,7 +34,7 @@ def dtype_named(name: str) -> torch.dtype:
     """The inverse of dtype_name. ValueError: torch has no such dtype."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype")
+        raise ValueError(f"{name!r:.100} is no dtype")
     return dtype
 
 

@@ -122,8 +122,9 @@ class PackedModule(nn.Module):
     ) -> None:
         """Load packed and scales together, or a dense weight by quantizing it; what does not fit is not copied."""
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        dense_dtype = self._dense_dtype_of_state(own, prefix)
         try:
+            self._require_tensors(own, prefix)
+            dense_dtype = self._dense_dtype_of_state(own, prefix)
             missing = self._check_and_pack_state(own, prefix)
         except (ValueError, TypeError) as error:
             error_msgs.append(str(error))
@@ -134,6 +135,17 @@ class PackedModule(nn.Module):
             self._wait_for(missing)
         if local_metadata.get("assign_to_params_buffers", False):
             self.dense_dtype = dense_dtype
+
+    def _require_tensors(self, own: dict[str, Any], prefix: str) -> None:
+        for key in (prefix + part for part in ("weight", "scales", "bias")):
+            if key in own and not isinstance(own[key], Tensor):
+                found = type(own[key]).__name__
+                raise TypeError(f"{self._name_at(prefix)}: {key} of the state must be a tensor, got {found}")
+
+    def _name_at(self, prefix: str) -> str:
+        """What messages call this module, whose entries in a state begin with prefix."""
+        kind = type(self).__name__
+        return f"{kind} '{prefix.removesuffix('.')}'" if prefix else kind
 
     def _dense_dtype_of_state(self, own: dict[str, Any], prefix: str) -> torch.dtype:
         """The dtype of a state's dense weight, else of its bias; this module's if it has neither."""
@@ -148,8 +160,7 @@ class PackedModule(nn.Module):
 
         Returns the half that this module still lacks after them, "weight" or "scales", or "".
         """
-        kind = type(self).__name__
-        name = f"{kind} '{prefix.removesuffix('.')}'" if prefix else kind
+        name = self._name_at(prefix)
         weight, scales, bias = (own.get(prefix + part) for part in ("weight", "scales", "bias"))
         own_bias = self._parameters.get("bias")
         if bias is not None and own_bias is not None and bias.shape != own_bias.shape:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from squish_nf4.checkpoint import resources as disk
-from squish_nf4.checkpoint.conversion import recovery, run
+from squish_nf4.checkpoint.conversion import recovery
 from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.conversion.options import ConvertOptions
-from squish_nf4.checkpoint.conversion.output import Output
 from squish_nf4.checkpoint.conversion.plan import make_plan
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
@@ -62,7 +57,7 @@ def test_one_that_was_finished_while_this_one_looked_at_its_source_is_refused_to
     out = tmp_path / "out"
     begin = recovery.begin
 
-    def another(path: Path, header: dict[str, Any], *, overwrite: bool) -> Output:
+    def another(path: Path, header: dict[str, Any], *, overwrite: bool) -> Journal:
         monkeypatch.undo()
         convert(source / "1.safetensors", out)
         return begin(path, header, overwrite=overwrite)
@@ -167,8 +162,12 @@ def test_overwrite_refuses_what_another_program_wrote(source: Path, tmp_path: Pa
 def test_overwrite_refuses_to_delete_a_tensors_file_that_was_changed(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(source, out)
-    (out / "tensors" / "1__bias__pt.npy").write_text("theirs")
-    refused_to_overwrite(source, out, ValueError, r"1__bias__pt.npy was changed since it was written")
+    file = out / "tensors" / "1__bias__pt.npy"
+    flipped = bytearray(file.read_bytes())
+    flipped[-1] ^= 1
+    for changed in (b"theirs", bytes(flipped)):
+        file.write_bytes(changed)
+        refused_to_overwrite(source, out, ValueError, r"1__bias__pt.npy was changed since it was written")
 
 
 @pytest.mark.parametrize("name", ["../../victim", "/etc/hostname", "x/../../../victim"])
@@ -183,33 +182,48 @@ def test_overwrite_deletes_nothing_outside_whatever_the_sidecar_says(source: Pat
     assert (tmp_path / "victim").read_text() == "theirs"
 
 
+def replacing(lines: list[dict[str, Any]], name: str) -> None:
+    lines[0]["replaces"] = [name]
+
+
+def of_a_tensor(lines: list[dict[str, Any]], name: str) -> None:
+    [fact] = [fact for fact in lines if fact.get("tensor") == "1.bias"]
+    fact["parts"] = {name: name}
+    fact["record"]["files"] = {name: {"bytes": 6, "sha256": ""}}
+
+
+def copied(lines: list[dict[str, Any]], name: str) -> None:
+    lines.append({"copied": name, "parts": {name: name}, "record": {"bytes": 6, "sha256": ""}})
+
+
 @pytest.mark.parametrize("name", ["../../victim", "../victim", "/etc/hostname"])
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        lambda name: [{"journal": 1, "replaces": [name]}],
-        lambda name: [
-            {"journal": 1},
-            {"tensor": "w", "parts": {name: name}, "record": {"files": {name: {"bytes": 6}}}},
-        ],
-        lambda name: [{"journal": 1}, {"copied": name, "parts": {name: name}, "record": {"bytes": 6, "sha256": ""}}],
-    ],
-)
+@pytest.mark.parametrize("hostile", [replacing, of_a_tensor, copied])
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}], ids=["resume", "overwrite"])
 def test_nothing_outside_is_touched_whatever_the_journal_says(
-    source: Path, tmp_path: Path, hostile: Callable[[str], list[dict[str, Any]]], name: str
+    source: Path,
+    tmp_path: Path,
+    hostile: Callable[[list[dict[str, Any]], str], None],
+    name: str,
+    options: dict[str, bool],
 ) -> None:
     out = tmp_path / "folder" / "out"
-    (out / "tensors").mkdir(parents=True)
+
+    def stop(progress: Progress) -> None:
+        if progress.tensor == "2.weight":
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        convert(source, out, progress=stop)
     for victim in (tmp_path / "victim", tmp_path / "folder" / "victim"):
         victim.write_text("theirs")
-    (out / "squish_nf4.journal").write_text("".join(json.dumps(line) + "\n" for line in hostile(name)))
-    if hostile(name)[1:]:
-        with (
-            closing(Journal(out / "squish_nf4.journal")) as journal,
-            pytest.raises(ValueError, match="lies outside it"),
-        ):
-            recovery.recover(out, journal)
-    refused_to_overwrite(source, out, ValueError, "lies outside it")
+    lines = [json.loads(line) for line in (out / "squish_nf4.journal").read_bytes().splitlines()]
+    hostile(lines, name)
+    (out / "squish_nf4.journal").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = files(tmp_path / "folder")
+    with pytest.raises(ValueError, match="lies outside it"):
+        convert(source, out, **options)
+    if "overwrite" in options:
+        assert files(tmp_path / "folder") == before
     assert (tmp_path / "victim").read_text() == (tmp_path / "folder" / "victim").read_text() == "theirs"
 
 
@@ -271,33 +285,10 @@ def test_the_files_of_others_do_not_count(source: Path, tmp_path: Path, monkeypa
     assert is_finished(out)
 
 
-def test_room_on_resume_is_for_the_shards_that_are_left(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_shard(source / "3.safetensors", {"3.weight": gaussian(64, 256, seed=3)})
-    stopped_after_a_removal(source, tmp_path / "out", monkeypatch)
-    needed = make_plan(source / "3.safetensors", ConvertOptions()).nbytes + len("{}")
-    needed -= recovery.bytes_freed(tmp_path / "out", overwrite=False)
-    assert needed > 4000
-    with_free(monkeypatch, needed - 1)
-    with pytest.raises(OSError, match="the conversion still takes"):
-        convert(source, tmp_path / "out", min_free_gb=0, resume=True, delete_source=True)
-    with_free(monkeypatch, needed)
-    convert(source, tmp_path / "out", min_free_gb=0, resume=True, delete_source=True)
-
-
 def test_the_forecast_is_what_is_written(source: Path, tmp_path: Path) -> None:
     """Of float32 tensors that are kept in float32, and of NF4."""
     report = convert(source, tmp_path / "out")
     assert make_plan(source, ConvertOptions()).nbytes == report.bytes_out
-
-
-@pytest.mark.parametrize(
-    ("steps", "most"),
-    [([], 0), ([(5, 0), (5, 0)], 10), ([(5, 9), (5, 9)], 5), ([(1, 0), (9, 9)], 10)],
-)
-def test_removing_shards_as_they_are_done_takes_less(steps: list[tuple[int, int]], most: int) -> None:
-    assert disk.peak(steps) == most
 
 
 def test_it_stops_before_others_have_filled_the_disk(
@@ -343,136 +334,3 @@ def test_a_disk_that_fails_to_sync_ends_it(source: Path, tmp_path: Path, monkeyp
         convert(source, tmp_path / "out")
     monkeypatch.undo()
     convert(source, tmp_path / "out", resume=True)
-
-
-# --delete-source
-
-
-def test_the_source_is_removed_shard_by_shard_and_the_rest_stays(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "kept")
-    convert(source, tmp_path / "out", delete_source=True)
-    assert [file.name for file in source.iterdir()] == ["config.json"]
-    assert (tmp_path / "out" / "squish_nf4.json").read_bytes() == (tmp_path / "kept" / "squish_nf4.json").read_bytes()
-
-
-def test_a_single_file_is_removed_too(source: Path, tmp_path: Path) -> None:
-    convert(source / "1.safetensors", tmp_path / "out", delete_source=True)
-    assert not (source / "1.safetensors").exists()
-    assert (source / "2.safetensors").exists()
-
-
-def test_a_single_file_that_was_removed_already_is_recalled(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    convert(source / "1.safetensors", tmp_path / "fresh")
-    stopped_after_a_removal(source / "1.safetensors", tmp_path / "out", monkeypatch)
-    report = convert(source / "1.safetensors", tmp_path / "out", resume=True, delete_source=True)
-    assert report.resumed == 2
-    assert (tmp_path / "out" / "squish_nf4.json").read_bytes() == (tmp_path / "fresh" / "squish_nf4.json").read_bytes()
-
-
-def test_the_only_copy_of_a_removed_shard_is_not_overwritten(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, shard = tmp_path / "out", (source / "1.safetensors").read_bytes()
-    stopped_after_a_removal(source, out, monkeypatch)
-    refused_to_overwrite(source, out, ValueError, "out is the only copy of what its source held in 1.safetensors")
-    shutil.copytree(out, tmp_path / "copy")
-    (source / "config.json").write_text("changed")
-    assert len(convert(source, out, resume=True, delete_source=True).tensors) == 4
-    with pytest.raises(FileNotFoundError):
-        load_file(source / "2.safetensors")
-    save_shard(source / "3.safetensors", {"another": gaussian(2, 4)})
-    refused_to_overwrite(source, tmp_path / "copy", ValueError, "the only copy")
-    (source / "1.safetensors").write_bytes(shard)
-    assert len(convert(source, tmp_path / "copy", overwrite=True).tensors) == 3
-
-
-def stopped_after_a_removal(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ends a conversion when the first shard is gone."""
-
-    first = source if source.suffix else source / "1.safetensors"
-
-    def stop(*_: object) -> None:
-        if not first.exists():
-            raise StoppedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "require_read_back", stop)
-        patch.setattr("squish_nf4.checkpoint.conversion.run.MOST_TENSORS", 2)
-        patch.setattr(run, "sync", stop)
-        with pytest.raises(StoppedError):
-            convert(source, out, delete_source=True)
-    assert not first.exists()
-
-
-def test_a_file_that_does_not_read_back_saves_its_source(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    verify = run.require_read_back
-
-    def damaged(folder: Path, records: list[dict[str, object]]) -> None:
-        file = folder / "1__weight__nf4.npy"
-        raw = bytearray(file.read_bytes())
-        raw[-1] ^= 1
-        file.write_bytes(raw)
-        verify(folder, records)
-
-    monkeypatch.setattr(run, "require_read_back", damaged)
-    with pytest.raises(ValueError, match=r"1__weight__nf4.npy does not read back .*; the source is kept"):
-        convert(source, tmp_path / "out", delete_source=True)
-    assert len(load_file(source / "1.safetensors")) == 2
-    assert not is_finished(tmp_path / "out")
-
-
-def test_a_weight_that_is_refused_is_found_before_anything_is_removed(source: Path, tmp_path: Path) -> None:
-    bad = gaussian(4, 64)
-    bad[3, 3] = torch.nan
-    save_shard(source / "3.safetensors", {"bad": bad})
-    with pytest.raises(ValueError, match="tensor 'bad': row 3, column 3 is nan"):
-        convert(source, tmp_path / "out", delete_source=True)
-    assert len(list(source.glob("*.safetensors"))) == 3
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_refused_weight_is_not_said_to_go_away_by_going_on(source: Path, tmp_path: Path) -> None:
-    save_shard(source / "3.safetensors", {"bad": torch.full((4, 64), torch.nan)})
-    with pytest.raises(ValueError, match=r"is left unfinished, .* overwrite starts anew") as refused:
-        convert(source, tmp_path / "out")
-    assert "resume" not in str(refused.value)
-
-
-def test_a_link_is_not_removed(source: Path, tmp_path: Path) -> None:
-    (source / "1.safetensors").rename(tmp_path / "blob")
-    (source / "1.safetensors").symlink_to(tmp_path / "blob")
-    with pytest.raises(ValueError, match=r"1.safetensors is a symbolic link"):
-        convert(source, tmp_path / "out", delete_source=True)
-    assert (tmp_path / "blob").exists()
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_file_of_two_names_is_not_removed(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "other").hardlink_to(source / "1.safetensors")
-    with pytest.raises(ValueError, match=r"1.safetensors has another name elsewhere \(a hard link\)"):
-        convert(source, tmp_path / "out", delete_source=True)
-    assert (source / "1.safetensors").exists()
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_was_made_of_a_removed_shard_must_still_be_there(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-
-    def stop(progress: Progress) -> None:
-        if not (source / "1.safetensors").exists():
-            raise StoppedError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("squish_nf4.checkpoint.conversion.run.MOST_TENSORS", 1)
-        with pytest.raises(StoppedError):
-            convert(source, out, delete_source=True, progress=stop)
-    shutil.copytree(out, tmp_path / "copy")
-    (out / "tensors" / "1__bias__pt.npy").unlink()
-    with pytest.raises(ValueError, match=r"tensor '1.bias': what was made of it is gone, and so is its shard"):
-        convert(source, out, resume=True, delete_source=True)
-    convert(source, tmp_path / "copy", resume=True, delete_source=True)
-    assert is_finished(tmp_path / "copy")

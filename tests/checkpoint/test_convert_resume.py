@@ -353,12 +353,20 @@ def test_a_finished_file_that_was_changed_is_refused_and_one_that_is_gone_is_wri
     stopped(source, out)
     file = out / "tensors" / "embed__weight__nf4.npy"
     whole = file.read_bytes()
-    file.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"embed__weight__nf4.npy was changed since it was written"):
-        convert(source, out, resume=True)
+    for changed in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"embed__weight__nf4.npy was changed since it was written"):
+            convert(source, out, resume=True)
     file.unlink()
     convert(source, out, resume=True)
     assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_shard_of_before_1970_is_gone_on_with(source: Path, tmp_path: Path) -> None:
+    os.utime(source / "1.safetensors", (-5, -5))
+    os.utime(source / "config.json", (-5, -5))
+    stopped(source, tmp_path / "out")
+    assert convert(source, tmp_path / "out", resume=True).resumed == 4
 
 
 def test_a_line_cut_short_never_was(source: Path, tmp_path: Path) -> None:

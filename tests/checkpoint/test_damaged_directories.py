@@ -364,7 +364,7 @@ def test_a_table_that_is_a_link_out_is_refused(own: Path, table: str) -> None:
     [
         ("", "manifest.json cannot be read"),
         ("[]", "manifest.json is not a JSON object"),
-        ("[" * 100_000, "manifest.json cannot be read: .*recursion"),
+        ("[" * 100_000, "manifest.json cannot be read: it is nested more than 16 levels deep"),
         ("\xff", "manifest.json cannot be read"),
         ('{"a": 3}', "the key of 'a' is not a string"),
         ('{"a": "x", "a": "y"}', "manifest.json cannot be read: 'a' is there twice"),

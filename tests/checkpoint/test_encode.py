@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -359,3 +360,15 @@ def test_a_dtype_that_numpy_cannot_hold_is_refused_by_name():
     packed_floats = torch.zeros(2, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     with pytest.raises(TypeError, match=r"tensor 'w': numpy cannot hold torch.float4_e2m1fn_x2"):
         quantize_tensor("w", packed_floats)
+
+
+@pytest.mark.parametrize("value", [None, 3, 1.5, [1.0], np.zeros((2, 8), np.float32)], ids=lambda v: type(v).__name__)
+def test_what_is_no_tensor_is_refused_by_name_and_type(value: Any) -> None:
+    """As a state dict may hold it, beside its tensors."""
+    with pytest.raises(TypeError, match=rf"tensor 'step': a torch tensor is wanted, got {type(value).__name__}"):
+        quantize_tensor("step", value)
+
+
+def test_a_name_that_is_no_string_is_refused() -> None:
+    with pytest.raises(TypeError, match="the name of a tensor must be a string, got 3"):
+        quantize_tensor(3, torch.zeros(2, 8))  # type: ignore[arg-type]

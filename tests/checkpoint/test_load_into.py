@@ -502,3 +502,8 @@ def test_a_real_sentence_encoder_is_filled(tmp_path: Path) -> None:
         model.encoder.layer[1].attention.self.query.dequantize(),
         load_npy_dir(tmp_path / "dir")["encoder.layer.1.attention.self.query.weight"],
     )
+
+
+def test_what_is_no_module_is_refused_by_its_type(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"load_into: model must be an nn.Module, got dict"):
+        load_into({"weight": torch.zeros(2, 8)}, tmp_path)  # type: ignore[arg-type]

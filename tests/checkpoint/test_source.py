@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import resource
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from squish_nf4.checkpoint.source.shards import DTYPES, open_source, read_values
+from squish_nf4.checkpoint.source import shard_file, tied
+from squish_nf4.checkpoint.source.shards import DTYPES, Entry, open_source, read_values
 from tests.support.directories import gaussian, raw_shard, save_index, save_shard
 
 
@@ -106,14 +111,77 @@ def test_a_name_that_two_shards_hold_is_refused(tmp_path):
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_shard_that_is_a_link_to_nothing_is_not_called_missing(tmp_path, indexed):
+    weight_map = two_shards(tmp_path)
+    if indexed:
+        save_index(tmp_path, weight_map)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    (tmp_path / "model-00002-of-00002.safetensors").symlink_to("blob")  # of a cache whose blobs were removed
+    with pytest.raises(FileNotFoundError, match=r"00002.safetensors is a link to nothing \(blob is not there\)"):
+        open_source(tmp_path)
+
+
+def test_a_shard_that_the_system_does_not_open_is_not_called_missing(tmp_path):
+    file = save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open("/dev/null", os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))  # a failure to open that meets root too
+    try:
+        with pytest.raises(OSError, match=r"x.safetensors cannot be read: Too many open files") as refused:
+            open_source(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not isinstance(refused.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "model.safetensors.index.json"])
+def test_what_must_not_be_read_is_said_to_be_so(tmp_path, monkeypatch, name):
+    save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
+    save_index(tmp_path, {"a": "x.safetensors"})
+    opened = io.open
+
+    def refuse(file, *args, **kwargs):
+        if str(file).endswith(name):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(PermissionError, match=f"{name} cannot be read: Permission denied"):
+        open_source(tmp_path)
+
+
+def test_a_link_that_leads_to_itself_is_said_to_do_so(tmp_path):
+    (tmp_path / "x.safetensors").symlink_to("x.safetensors")
+    with pytest.raises(OSError, match=r"x.safetensors cannot be read: Too many levels of symbolic links"):
+        open_source(tmp_path)
+
+
+NESTED = '{"weight_map": ' + "[" * 10**5 + "]" * 10**5 + "}"
+SAFELY_NESTED = '{"weight_map": ' + "[" * 500 + "]" * 500 + "}"  # Python parses it, and may fail to print it
+
+
+@pytest.mark.parametrize("text", [NESTED, SAFELY_NESTED], ids=["unparsed", "parsed"])
+def test_an_index_that_is_nested_deeply_is_refused_by_name(tmp_path, text):
+    two_shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"index.json is not an index of safetensors shards: it is nested more than 16 levels deep"
+    ):
+        open_source(tmp_path)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": ["b"]}}']
+    "text",
+    ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": ["b"]}}', "\xff" * 999],
 )
 def test_a_damaged_index_is_refused_by_name(tmp_path, text):
     two_shards(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"model.safetensors.index.json is not an index"):
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json is not an index") as refused:
         open_source(tmp_path)
+    assert len(str(refused.value)) < 300
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "", "..", "x.bin"])
@@ -191,6 +259,30 @@ def test_stretches_of_every_dtype_are_what_torch_reads(tmp_path, dtype):
             assert torch.equal(read.view(torch.uint8), flat[first * itemsize : (first + count) * itemsize])
 
 
+def test_a_shard_that_another_file_replaces_is_refused(tmp_path):
+    """Of the same size and time."""
+    file = save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
+    [entry] = open_source(file).entries
+    other = save_shard(tmp_path / "other", {"a": gaussian(2, 4, seed=8)})
+    os.utime(other, ns=(0, file.stat().st_mtime_ns))
+    other.replace(file)
+    with pytest.raises(ValueError, match=r"x.safetensors was changed while it was read"):
+        read_values(entry, 0, 8)
+
+
+def test_a_shard_that_is_replaced_while_its_header_is_read_is_refused(tmp_path, monkeypatch):
+    file = save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
+    other = save_shard(tmp_path / "other", {"b": gaussian(4, 2)})
+
+    def replaced_first(*args, **kwargs):
+        other.replace(file)
+        return safe_open(*args, **kwargs)
+
+    monkeypatch.setattr(shard_file, "safe_open", replaced_first)
+    with pytest.raises(ValueError, match=r"x.safetensors was changed while it was read"):
+        open_source(file)
+
+
 def test_a_shard_that_changes_while_it_is_read_is_refused(tmp_path):
     file = save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
     [entry] = open_source(file).entries
@@ -250,3 +342,20 @@ def test_the_index_is_not_a_small_file(tmp_path):
     save_index(tmp_path, two_shards(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({}))
     assert [str(place) for _, place in open_source(tmp_path).small_files] == ["config.json"]
+
+
+def test_no_tensor_is_read_twice_to_find_those_that_are_tied(tmp_path, monkeypatch):
+    alike = {f"constant{i}": torch.full((64, 64), 0.5) for i in range(30)}
+    for i in range(30):
+        alike[f"{i}"] = torch.zeros(64, 64)  # equal in the middle, and pairwise equal in all
+        alike[f"{i}"][0, 0] = i // 2 + 1
+    entries = open_source(save_shard(tmp_path / "x.safetensors", alike)).entries
+    looks = []
+
+    def count(entry: Entry, first: int, number: int) -> torch.Tensor:
+        looks.append(number)
+        return read_values(entry, first, number)
+
+    monkeypatch.setattr(tied, "read_values", count)
+    assert len(tied.find_tied(entries)) == 15
+    assert sum(looks) <= 60 * (tied.SAMPLE + 1 + 64 * 64)

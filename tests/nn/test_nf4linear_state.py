@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -190,6 +191,20 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_not_copied(name: str, 
     with pytest.raises(RuntimeError, match=rf"NF4Linear 'encoder.0': {text}"):
         model.load_state_dict({f"encoder.0.{key}": value for key, value in state.items()}, strict=strict, assign=assign)
     require_same(model["encoder"][0], before["encoder"][0])
+
+
+@pytest.mark.parametrize(
+    "value", [None, 3, 1.5, "x", [1.0], np.zeros((9, 65), np.float32)], ids=lambda v: type(v).__name__
+)
+@pytest.mark.parametrize("part", ["weight", "scales", "bias"])
+def test_what_is_no_tensor_is_refused_by_key_and_type_and_nothing_is_copied(part: str, value: object) -> None:
+    model = nn.Sequential(make())
+    before = copy.deepcopy(model)
+    state = {f"0.{key}": tensor for key, tensor in make().state_dict().items()} | {f"0.{part}": value}
+    text = rf"NF4Linear '0': 0.{part} of the state must be a tensor, got {type(value).__name__}"
+    with pytest.raises(RuntimeError, match=text):
+        model.load_state_dict(state)
+    require_same(model[0], before[0])
 
 
 def test_a_bare_layer_is_named_without_a_path() -> None:

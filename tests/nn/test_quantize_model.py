@@ -426,3 +426,11 @@ def test_a_transformers_model_is_quantized_and_still_works(make: Any, layers: in
         assert model.lm_head.weight is model.model.embed_tokens.weight
         generated = model.generate(TOKENS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
         assert generated.shape == (1, 9)
+
+
+@pytest.mark.parametrize("function", [quantize_model, dequantize_model])
+@pytest.mark.parametrize("model", [None, {"weight": torch.zeros(4, 8)}], ids=["None", "a state dict"])
+def test_what_is_no_module_is_refused_by_its_type(function: Any, model: Any) -> None:
+    text = rf"{function.__name__}: model must be an nn.Module, got {type(model).__name__}"
+    with pytest.raises(TypeError, match=text):
+        function(model)

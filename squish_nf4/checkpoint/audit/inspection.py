@@ -17,7 +17,8 @@ from squish_nf4.checkpoint.audit.measure import Basis, Nf4Numbers, measure
 from squish_nf4.checkpoint.directory.format import ENDS, TENSORS
 from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_directory
 from squish_nf4.checkpoint.messages import Progress, shorten
-from squish_nf4.checkpoint.source.shards import Entry, open_source, opened_shard
+from squish_nf4.checkpoint.source.shard_file import opened_shard
+from squish_nf4.checkpoint.source.shards import Entry, open_source
 from squish_nf4.checkpoint.values import WIDENED, Array, dtype_name
 from squish_nf4.layout import stored_bits_per_weight
 from squish_nf4.ops import relative_error

@@ -19,7 +19,8 @@ import torch
 from squish_nf4.checkpoint.conversion import recovery
 from squish_nf4.checkpoint.conversion.budget import DEFAULT_MAX_RAM, share_out
 from squish_nf4.checkpoint.conversion.devices import device_named
-from squish_nf4.checkpoint.conversion.journal import Journal, header_of
+from squish_nf4.checkpoint.conversion.forms import open_journal
+from squish_nf4.checkpoint.conversion.journal import header_of
 from squish_nf4.checkpoint.conversion.options import ConvertOptions
 from squish_nf4.checkpoint.conversion.output import Output
 from squish_nf4.checkpoint.conversion.plan import ConvertPlan, make_plan
@@ -102,7 +103,7 @@ def convert(
     with ExitStack() as stack:
         journal = None
         if state_of(dst) is State.UNFINISHED and not overwrite:
-            journal = stack.enter_context(closing(Journal(dst / JOURNAL)))
+            journal = stack.enter_context(closing(open_journal(dst / JOURNAL)))
         plan = make_plan(src, chosen, journal)
         budget = share_out(max_ram, plan.longest_row, torch.get_num_threads())
         done = {fact["tensor"] for fact in journal.facts if "tensor" in fact} if journal else ()
@@ -113,10 +114,13 @@ def convert(
             refuse_values_before_removing(plan, workers)
         header = header_of(plan.source, chosen, plan.tied)
         if journal is not None:
-            output = recovery.resume(dst, journal, header)
+            recovery.refuse_another(dst, journal, header)
         else:
-            output = stack.enter_context(closing(recovery.begin(dst, header, overwrite=overwrite)))
-        with saying_what_is_left(output, len(plan.tensors)):
+            journal = stack.enter_context(closing(recovery.begin(dst, header, overwrite=overwrite)))
+        output = Output(dst, journal)
+        with unfinished_by_the_system(output, len(plan.tensors)):
+            recovery.recover(output)
+        with unfinished_by_the_system(output, len(plan.tensors)), unfinished_by_a_refusal(output, len(plan.tensors)):
             refuse_alike(output, plan.keys)
             resumed = len(output.records)
             write_tensors(
@@ -207,26 +211,33 @@ def copy_small_files(source: Source, output: Output) -> tuple[tuple[str, ...], l
     return tuple(copied), notes
 
 
+def what_is_left(output: Output, tensors: int) -> str:
+    """What is said beside the cause that stopped the writing."""
+    return (
+        f"{output.path} is left unfinished, with {len(output.records)} of {tensors} tensors: no reader takes it "
+        "for a checkpoint"
+    )
+
+
 @contextmanager
-def saying_what_is_left(output: Output, tensors: int) -> Iterator[None]:
-    """What stops the writing says, beside its cause, what it leaves behind."""
-
-    def left() -> str:
-        return (
-            f"{output.path} is left unfinished, with {len(output.records)} of {tensors} tensors: no reader takes it "
-            "for a checkpoint"
-        )
-
-    goes_on = "resume goes on with it"
-    starts_anew = "when the source or the options are mended, overwrite starts anew"
-
+def unfinished_by_the_system(output: Output, tensors: int) -> Iterator[None]:
+    """An error of the system, or Control-C, says what is left, and that resume goes on."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"interrupted. {left()}; {goes_on}") from error
+        raise KeyboardInterrupt(f"interrupted. {what_is_left(output, tensors)}; resume goes on with it") from error
     except OSError as error:
-        facts = () if error.errno is None else (error.errno, f"{error.strerror}. {left()}; {goes_on}", error.filename)
-        raise UnfinishedError(*facts or (f"{error}. {left()}; {goes_on}",)) from error
+        left = f"{what_is_left(output, tensors)}; resume goes on with it"
+        facts = () if error.errno is None else (error.errno, f"{error.strerror}. {left}", error.filename)
+        raise UnfinishedError(*facts or (f"{error}. {left}",)) from error
+
+
+@contextmanager
+def unfinished_by_a_refusal(output: Output, tensors: int) -> Iterator[None]:
+    """A refusal once writing has begun says what is left, and what may be done about it."""
+    try:
+        yield
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError  # not a subclass: some take other arguments
-        raise kind(f"{error}. {left()}; {starts_anew}") from error
+        left = f"{what_is_left(output, tensors)}; when the source or the options are mended, overwrite starts anew"
+        raise kind(f"{error}. {left}") from error

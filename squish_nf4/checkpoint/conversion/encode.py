@@ -246,8 +246,12 @@ def quantize_tensor(name: str, tensor: Tensor, **options: Any) -> dict[str, Arra
 
     Raises:
         ValueError: a weight is NaN or infinite, an option is wrong, or group_size does not divide d.
-        TypeError: numpy cannot hold the dtype, or there is no such option.
+        TypeError: tensor is none, its name is no string, numpy cannot hold the dtype, or there is no such option.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"quantize_tensor: the name of a tensor must be a string, got {name!r:.100}")
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"tensor {shorten(name)}: a torch tensor is wanted, got {type(tensor).__name__}")
     chosen = ConvertOptions.named(quantize_tensor, options)
     encoded = encode(name, tensor, chosen)
     if chosen.group_size and encoded.group_size not in (None, chosen.group_size):

@@ -11,16 +11,18 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from squish_nf4._version import __version__
 from squish_nf4.checkpoint.conversion.options import ConvertOptions
 from squish_nf4.checkpoint.directory.format import DRAFT
-from squish_nf4.checkpoint.files import sync
-from squish_nf4.checkpoint.source.shards import Entry, Shard, Source
+from squish_nf4.checkpoint.files import parse_json, sync
+from squish_nf4.checkpoint.source.shard_file import Shard
+from squish_nf4.checkpoint.source.shards import Entry, Source
 from squish_nf4.checkpoint.values import dtype_name, dtype_named
 
 VERSION = 1  # of the journal
@@ -38,7 +40,7 @@ class Journal:
         file: the open journal, if it is locked already.
         """
         self.path = path
-        self.file = file or opened_alone(path, "r+b")
+        self.file = file or opened_alone(path)
         try:
             self.header, *self.facts = self._read()
         except BaseException:
@@ -49,19 +51,20 @@ class Journal:
         self.file.seek(0)
         text = self.file.readall()
         whole = text.rfind(b"\n") + 1
+        anew = f"if the source is still whole, remove {self.path.parent} to convert anew"
         try:
-            lines = [json.loads(line) for line in text[:whole].splitlines()]
+            lines = [parse_json(line) for line in text[:whole].splitlines()]
         except ValueError as error:
-            raise ValueError(f"{self.path} is damaged ({error}); remove the directory to convert anew") from error
+            raise ValueError(f"{self.path} is damaged ({error}); {anew}") from error
         if not lines or not all(isinstance(line, dict) for line in lines):
-            raise ValueError(f"{self.path} is not the journal of a conversion")
+            raise ValueError(f"{self.path} is not the journal of a conversion; {anew}")
         self.file.truncate(whole)
         self.file.seek(whole)
         return lines
 
     @staticmethod
     def create(path: Path, make_header: Callable[[], Line]) -> Journal:
-        """Begins a new one, in place of one that may be there.
+        """Begins a new one, in place of one that may be there. The disk may not have its name yet, only what it holds.
 
         Args:
             make_header: called when nobody else can begin one here; what it raises leaves all as it was.
@@ -70,18 +73,20 @@ class Journal:
             BlockingIOError: another process is about to begin one.
         """
         draft = path.with_name(DRAFT)
-        file = opened_alone(draft, "a+b")
+        file = opened_alone(draft, os.O_CREAT)
         try:
             header = json.dumps(make_header()).encode() + b"\n"
-            file.truncate(0)
-            write_all(file, header)
-            sync(draft)
-            draft.replace(path)
+            try:
+                file.truncate(0)
+                write_all(file, header)
+                sync(draft)
+                draft.replace(path)
+            except OSError as error:
+                raise OSError(error.errno, f"{path} cannot be begun: {error.strerror}; nothing was changed") from error
         except BaseException:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
             file.close()
             raise
-        sync(path.parent)
         return Journal(path, file)
 
     def append(self, facts: Iterable[Line]) -> None:
@@ -104,16 +109,33 @@ class Journal:
         self.file.close()
 
 
-def opened_alone(path: Path, mode: Literal["r+b", "a+b"]) -> FileIO:
-    """A file that stays locked until it is closed. BlockingIOError: another process has locked it, or moved it away."""
-    file = path.open(mode, buffering=0)
+def opened_alone(path: Path, more_flags: int = 0) -> FileIO:
+    """A file of ours that stays locked until it is closed.
+
+    Raises:
+        BlockingIOError: another process has locked it, or moved it away.
+        FileExistsError: it is a link, or has another name: what is written to it would change a file elsewhere.
+    """
+    foreign = FileExistsError(f"{path} is a link to a file or another name of one, or is no file; move it away")
+    try:
+        file = FileIO(os.open(path, os.O_RDWR | os.O_NOFOLLOW | more_flags, 0o666), "r+b")
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise foreign from error
+        raise
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        found = os.fstat(file.fileno())
+        if not os.path.samestat(found, path.lstat()):
             raise BlockingIOError
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise foreign
     except (BlockingIOError, FileNotFoundError):
         file.close()
         raise BlockingIOError(errno.EWOULDBLOCK, f"{path.parent} is being written by another conversion") from None
+    except BaseException:
+        file.close()
+        raise
     return file
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.directory.format import MANIFEST, READY, SIDECAR, STATS, TENSORS
 from squish_nf4.checkpoint.directory.npy_writer import TensorFiles
 from squish_nf4.checkpoint.directory.tables import write_table
-from squish_nf4.checkpoint.files import copy_hashing, place_file, sync
+from squish_nf4.checkpoint.files import copy_hashing, is_free, place_empty_file, place_file, removed_on_error, sync
 
 Record = dict[str, Any]
 
@@ -66,16 +67,15 @@ class Output:
         name, target = place.as_posix(), self.path / place
         if name in self.copied:
             return True
-        part = self.new_part()
-        copy = copy_hashing(source, part)
-        if target.exists() or target.is_symlink():
-            part.unlink()
+        if not is_free(target, self.path):
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
-        sync(part)
-        sync(self.folder)
-        record = {"bytes": copy.nbytes, "sha256": copy.sha256.hexdigest()}
-        self.journal.append([{"copied": name, "parts": {name: part.name}, "record": record}])
+        with removed_on_error(self.new_part()) as part:
+            copy = copy_hashing(source, part)
+            sync(part)
+            sync(self.folder)
+            record = {"bytes": copy.nbytes, "sha256": copy.sha256.hexdigest()}
+            self.journal.append([{"copied": name, "parts": {name: part.name}, "record": record}])
         place_file(part, target)
         self.copied[name] = record
         return True
@@ -86,10 +86,8 @@ class Output:
             write_table(self.path / name, table, self.new_part())
         for folder in {self.path, self.folder, *((self.path / place).parent for place in self.copied)}:
             sync(folder)
-        (self.folder / READY).touch()
+        place_empty_file(self.folder / READY)
         sync(self.folder)
         self.journal.remove()
-        sync(self.path)
-
-    def close(self) -> None:
-        self.journal.close()
+        with suppress(OSError):  # all is done: a journal that comes back after a crash is removed by a resume
+            sync(self.path)

@@ -17,7 +17,8 @@ from squish_nf4.checkpoint.conversion.options import ConvertOptions, Limits
 from squish_nf4.checkpoint.directory.format import keys_of
 from squish_nf4.checkpoint.directory.npy_header import npy_nbytes
 from squish_nf4.checkpoint.resources import peak
-from squish_nf4.checkpoint.source.shards import Entry, Shard, Source, open_source
+from squish_nf4.checkpoint.source.shard_file import Shard
+from squish_nf4.checkpoint.source.shards import Entry, Source, open_source
 from squish_nf4.checkpoint.source.tied import find_tied
 from squish_nf4.checkpoint.values import BLOCK, WIDENED, dtype_name, rows_at_once
 from squish_nf4.layout import stored_bits_per_weight

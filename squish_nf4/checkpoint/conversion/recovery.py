@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+from squish_nf4.checkpoint.conversion.forms import WRITTEN, open_journal
 from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.conversion.output import Output, Record
 from squish_nf4.checkpoint.directory.format import JOURNAL, MANIFEST, READY, SIDECAR, STATS, TENSORS, State, state_of
-from squish_nf4.checkpoint.files import inside, place_file, sha256_of, sync
+from squish_nf4.checkpoint.files import inside, parse_json, place_file, sha256_of, sync
 
 PART = re.compile(r"\.squish_nf4-[0-9a-f]{8}-\d+\.part")
 
@@ -34,17 +36,18 @@ def bytes_freed(path: Path, overwrite: bool) -> int:
     """Bytes of the files that go before the first is written: part files that were left, and what is replaced."""
     state = state_of(path)
     with ExitStack() as locked:
-        old = (
-            locked.enter_context(closing(Journal(path / JOURNAL))) if overwrite and state is State.UNFINISHED else None
-        )
-        files = [path / name for name in written_before(path, old)] if overwrite and state is not State.NEW else []
+        old, files = None, []
+        if overwrite and state is State.UNFINISHED:
+            old = locked.enter_context(closing(open_journal(path / JOURNAL)))
+        if overwrite and state is not State.NEW:
+            files = [path / name for name in written_before(path, old, unchanged=has_its_size)]
     if (path / TENSORS).is_dir():
         files += [file for file in (path / TENSORS).iterdir() if PART.fullmatch(file.name)]
     return sum(file.lstat().st_size for file in files if file.is_file())
 
 
-def begin(path: Path, header: Record, *, overwrite: bool) -> Output:
-    """A new output in a new or empty directory, or in place of an earlier one, of which all goes that this tool wrote.
+def begin(path: Path, header: Record, *, overwrite: bool) -> Journal:
+    """The journal of an output in a new or empty directory, or in place of an earlier one, which recover then clears.
 
     Raises:
         BlockingIOError: another conversion is writing there.
@@ -58,12 +61,14 @@ def begin(path: Path, header: Record, *, overwrite: bool) -> Output:
             refuse_unless_free(path, resume=False, overwrite=overwrite)
             state, old = state_of(path), None
             if state is State.UNFINISHED:
-                old = locked.enter_context(closing(Journal(path / JOURNAL)))
+                old = locked.enter_context(closing(open_journal(path / JOURNAL)))
                 refuse_only_copy(path, old, header)
-            return {**header, "replaces": None if state is State.NEW else list(written_before(path, old))}
+            return {
+                **header,
+                "replaces": None if state is State.NEW else list(written_before(path, old, unchanged=is_as_written)),
+            }
 
-        journal = Journal.create(path / JOURNAL, whole_header)
-    return recover(path, journal)
+        return Journal.create(path / JOURNAL, whole_header)
 
 
 def refuse_only_copy(path: Path, journal: Journal, header: Record) -> None:
@@ -80,17 +85,12 @@ def removed_by(journal: Journal) -> list[str]:
     return [fact["removed"] for fact in journal.facts if "removed" in fact]
 
 
-def resume(path: Path, journal: Journal, header: Record) -> Output:
-    """The output of an earlier run, with what that had finished.
-
-    Raises:
-        ValueError: the source or an option is not what it was then, or a finished file was changed.
-    """
+def refuse_another(path: Path, journal: Journal, header: Record) -> None:
+    """Raises ValueError if the source or an option is not what it was in the earlier run that resume goes on with."""
     compared = {"journal", "writer", "options", "shards"}  # "tensors" and "tied" follow from these
     if not removed_by(journal):  # else there is no way back, and what was removed matters more than a changed text
         compared.add("small_files")
     refuse_changes(path, journal.header, {what: facts for what, facts in header.items() if what in compared})
-    return recover(path, journal)
 
 
 def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -100,7 +100,8 @@ def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         if old == new:
             continue
         if isinstance(old, dict):
-            what = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+            absent = object()
+            what = next(name for name in {**old, **new} if old.get(name, absent) != new.get(name, absent))
             old, new = old.get(what), new.get(what)
         found = f": it was {old}, and is {new}" if len(f"{old}{new}") < 200 else ""
         raise ValueError(
@@ -109,13 +110,21 @@ def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         )
 
 
-def recover(path: Path, journal: Journal) -> Output:
-    """Clears what is replaced, settles what the journal holds, and removes the part files of what it does not."""
+def recover(output: Output) -> None:
+    """Clears what is replaced, settles what the journal holds, and removes the part files of what it does not.
+
+    Raises:
+        ValueError: a finished file is not as it was written, or lies outside.
+    """
+    path, journal = output.path, output.journal
+    sync(path)  # a new journal has its name
     if journal.header.get("replaces") is not None and not any("cleared" in fact for fact in journal.facts):
         clear(path, journal.header["replaces"])
         journal.append([{"cleared": True}])
-    output = Output(path, journal)
-    output.folder.mkdir(exist_ok=True)
+    if not os.path.lexists(output.folder):
+        output.folder.mkdir()
+    if output.folder.is_symlink() or not output.folder.is_dir():
+        raise ValueError(f"{output.folder} is no folder of this conversion; move it away")
     for fact in journal.facts:
         if "tensor" in fact and settle(path, TENSORS, fact, fact["record"]["files"]):
             output.records[fact["tensor"]] = fact["record"]
@@ -124,7 +133,6 @@ def recover(path: Path, journal: Journal) -> Output:
     for file in output.folder.iterdir():
         if PART.fullmatch(file.name):
             file.unlink()
-    return output
 
 
 def settle(path: Path, folder: str, fact: Mapping[str, Any], files: Mapping[str, Record]) -> bool:
@@ -141,9 +149,20 @@ def settle(path: Path, folder: str, fact: Mapping[str, Any], files: Mapping[str,
     for (final, part), record in zip(places.items(), files.values(), strict=True):
         if part.exists():
             place_file(part, final)
-        if final.stat().st_size != record["bytes"]:
+        if not is_as_written(final, record):
             raise ValueError(f"{final} was changed since it was written; move it away, and it is written again")
     return True
+
+
+def has_its_size(file: Path, record: Record) -> bool:
+    return not file.is_symlink() and file.is_file() and file.stat().st_size == int(record["bytes"])
+
+
+def is_as_written(file: Path, record: Record) -> bool:
+    if not has_its_size(file, record):
+        return False
+    with file.open("rb") as reader:
+        return sha256_of(reader) == str(record["sha256"])
 
 
 def clear(path: Path, names: list[str]) -> None:
@@ -157,10 +176,10 @@ def clear(path: Path, names: list[str]) -> None:
         file.unlink(missing_ok=True)
 
 
-def written_before(path: Path, journal: Journal | None) -> Iterator[str]:
+def written_before(path: Path, journal: Journal | None, *, unchanged: Callable[[Path, Record], bool]) -> Iterator[str]:
     """The files, relative to path, that an earlier conversion wrote; of the small ones, those that are as they were.
 
-    journal: of that conversion, if it is unfinished.
+    journal: of that conversion, if it is unfinished. unchanged: whether a file is as it was, by its record.
 
     Raises:
         ValueError: path has no squish_nf4.json, or one that is damaged; or a tensor's file was changed.
@@ -172,23 +191,27 @@ def written_before(path: Path, journal: Journal | None) -> Iterator[str]:
         tensors = [fact["record"] for fact in journal.facts if "tensor" in fact]
         copied = {fact["copied"]: fact["record"] for fact in journal.facts if "copied" in fact}
     else:
-        try:
-            sidecar = json.loads((path / SIDECAR).read_bytes())
-            tensors, copied = list(sidecar["tensors"].values()), sidecar["copied"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} cannot be overwritten: its {SIDECAR} does not say which files are this tool's ({error!r})"
-            ) from error
+        tensors, copied = read_written(path)
     for record in tensors:
         for name, facts in record["files"].items():
-            if (file := inside(path, TENSORS, name)).exists():
-                if file.is_symlink() or file.stat().st_size != facts["bytes"]:
+            if os.path.lexists(file := inside(path, TENSORS, name)):
+                if not unchanged(file, facts):
                     raise ValueError(f"{file} was changed since it was written, and is not overwritten; move it away")
                 yield f"{TENSORS}/{name}"
     for name, facts in copied.items():
-        file = inside(path, "", name)
-        if file.is_file():
-            with file.open("rb") as stream:
-                unchanged = sha256_of(stream) == facts["sha256"]
-            if unchanged:
-                yield name
+        if unchanged(inside(path, "", name), facts):
+            yield name
+
+
+def read_written(path: Path) -> tuple[list[Record], dict[str, Record]]:
+    """The records of the tensors and of the small files that squish_nf4.json says were written."""
+    try:
+        sidecar = parse_json((path / SIDECAR).read_bytes())
+        if not WRITTEN(sidecar):
+            raise ValueError("it is damaged")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be overwritten: its {SIDECAR} does not say which files are this tool's ({error}); move the "
+            "directory away"
+        ) from error
+    return list(sidecar["tensors"].values()), sidecar["copied"]

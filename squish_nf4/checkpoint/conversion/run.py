@@ -18,7 +18,7 @@ from squish_nf4.checkpoint.directory.npy_writer import TensorFiles
 from squish_nf4.checkpoint.files import sha256_on_disk, sync
 from squish_nf4.checkpoint.messages import Progress, shorten
 from squish_nf4.checkpoint.resources import require_room
-from squish_nf4.checkpoint.source.shards import Shard
+from squish_nf4.checkpoint.source.shard_file import Shard, describe
 
 MOST_TENSORS = 32  # of a batch: their files are open until they are on the disk
 MOST_BYTES = 2**28  # of a batch
@@ -163,9 +163,17 @@ def remove_finished(plan: Sequence[Planned], output: Output) -> None:
     for shard, names in tensors.items():
         if all(name in output.records for name in names) and shard.path.exists():
             require_read_back(output.folder, [output.records[name] for name in names])
+            require_as_read(shard)
             output.journal.append([{"removed": shard.path.name}])
+            require_as_read(shard)  # once more: the disk may have taken its time
             shard.path.unlink()
             sync(shard.path.parent)
+
+
+def require_as_read(shard: Shard) -> None:
+    """Raises ValueError if the shard is not the file that was read, or was written to since."""
+    if shard.has_changed(shard.path.lstat()) or describe(shard.path)[0] != shard:
+        raise ValueError(f"{shard.path} was replaced or changed after it was read, and is not removed; convert it anew")
 
 
 def require_read_back(folder: Path, records: Collection[Mapping[str, Any]]) -> None:

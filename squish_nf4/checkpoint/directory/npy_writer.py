@@ -53,8 +53,14 @@ class NpyWriter:
         self.plain_nbytes = self.unwritten = npy_nbytes(dtype, shape)
         self.file = part.open("xb")
         self.hashing = HashingFile(self.file)
-        self.frame = compressor().stream_writer(self.hashing, size=self.plain_nbytes) if compressed else None
-        self._write(npy_header(dtype, shape))
+        self.frame: Any = None
+        try:
+            if compressed:
+                self.frame = compressor().stream_writer(self.hashing, size=self.plain_nbytes)
+            self._write(npy_header(dtype, shape))
+        except BaseException:
+            self.discard()
+            raise
 
     def write(self, values: Array) -> None:
         self._write(np.ascontiguousarray(values).data)
@@ -79,7 +85,7 @@ class NpyWriter:
         self.file.close()
 
     def discard(self) -> None:
-        self.part.unlink()
+        self.part.unlink(missing_ok=True)
         with suppress(OSError):  # what is buffered may not fit on the disk
             self.file.close()
 

@@ -59,10 +59,12 @@ class SquishDirectory:
     def source_dtype(self, tensor: StoredTensor) -> torch.dtype:
         """The dtype one tensor had. ValueError: it is not recorded, or cannot have become what is stored."""
         name = shorten(tensor.name)
+        recorded = (self.records or {}).get(tensor.name, {}).get("source_dtype")
         try:
-            dtype = dtype_named((self.records or {})[tensor.name]["source_dtype"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path / SIDECAR} does not say which dtype {name} had: {error!r}") from error
+            dtype = dtype_named(recorded if isinstance(recorded, str) else "")
+        except ValueError:
+            found = f"{recorded!r:.100} is none" if recorded is not None else "nothing is recorded"
+            raise ValueError(f"{self.path / SIDECAR} does not say which dtype {name} had: {found}") from None
         if dtype != tensor.dtype and not (dtype in FLOATS and tensor.dtype in FLOATS):
             text = f"records that {name} was {dtype_name(dtype)}, and it is stored as {dtype_name(tensor.dtype)}"
             raise ValueError(f"{self.path / SIDECAR} {text}")

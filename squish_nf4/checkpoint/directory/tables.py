@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from squish_nf4.checkpoint.directory.format import MANIFEST, SIDECAR, check_key
-from squish_nf4.checkpoint.files import require_file, sync
+from squish_nf4.checkpoint.files import parse_json, removed_on_error, require_file, sync
 from squish_nf4.checkpoint.messages import listed, shorten
 
 LARGEST_TABLE = 2**29  # bytes; a record of squish_nf4.json takes about 700
@@ -79,8 +79,8 @@ def read_table(file: Path) -> dict[str, Any]:
     if (size := file.stat().st_size) > LARGEST_TABLE:
         raise ValueError(f"{file} has {size} bytes; at most {LARGEST_TABLE} are read")
     try:
-        table = json.loads(file.read_bytes(), object_pairs_hook=without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
+        table = parse_json(file.read_bytes(), without_duplicates)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(table, dict):
         raise ValueError(f"{file} is not a JSON object")
@@ -97,7 +97,8 @@ def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_table(file: Path, table: Mapping[str, Any], draft: Path) -> None:
     """A JSON object in ASCII, whole or not at all: until it is, it is called draft."""
-    with draft.open("w", encoding="ascii") as writer:  # bit by bit: as one text it would be larger than the table
-        writer.writelines(json.JSONEncoder(indent=2, ensure_ascii=True, allow_nan=False).iterencode(table))
-    sync(draft)
-    draft.replace(file)
+    with removed_on_error(draft):
+        with draft.open("x", encoding="ascii") as writer:  # bit by bit: as one text it would be larger than the table
+            writer.writelines(json.JSONEncoder(indent=2, ensure_ascii=True, allow_nan=False).iterencode(table))
+        sync(draft)
+        draft.replace(file)

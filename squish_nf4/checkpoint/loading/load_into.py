@@ -78,9 +78,11 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
 
     Raises:
         FileNotFoundError: there is no such directory.
-        TypeError: the model is, or holds, a ScriptModule.
+        TypeError: the model is no module, or is or holds a ScriptModule.
         ValueError: the directory is damaged, or a name, shape, dtype or value does not fit. The model is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_into: model must be an nn.Module, got {type(model).__name__}")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TypeError("load_into: a ScriptModule cannot be filled; load into the module that it is scripted from")
     directory = open_directory(path)

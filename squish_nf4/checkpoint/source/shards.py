@@ -6,23 +6,20 @@ read at once, and a file that is cut short meanwhile is an error and not a dead 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from squish_nf4.checkpoint.files import sha256_of_bytes
+from squish_nf4.checkpoint.files import parse_json, require_there
 from squish_nf4.checkpoint.messages import listed, shorten
+from squish_nf4.checkpoint.source.shard_file import Shard, describe, opened, opened_shard, require_regular
 from squish_nf4.checkpoint.source.small_files import INDEX_SUFFIX, collect_small_files, other_weights
 
 # safetensors' names of what both torch and numpy can hold, after widening where numpy knows no such float.
@@ -47,16 +44,6 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A safetensors file, and what tells it from a changed one."""
-
-    path: Path
-    nbytes: int
-    mtime_ns: int
-    header_sha256: str
 
 
 @dataclass(frozen=True)
@@ -112,8 +99,7 @@ def read_values(entry: Entry, first: int, count: int) -> Tensor:
     values = torch.empty(count * size, dtype=torch.uint8)
     unread = values.numpy().data
     with entry.shard.path.open("rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
-        changed = (status.st_size, status.st_mtime_ns) != (entry.shard.nbytes, entry.shard.mtime_ns)
+        changed = entry.shard.has_changed(os.fstat(file.fileno()))
         file.seek(entry.start + first * size)
         while unread and not changed:
             taken = file.readinto(unread)
@@ -132,14 +118,15 @@ def open_source(path: Path, removed: Recalled = MappingProxyType({})) -> Source:
 
     Raises:
         FileNotFoundError: path, or a shard that the index names, is not there.
+        OSError: one of them cannot be read.
         ValueError: nothing to convert, a damaged shard, an index that is wrong, or a dtype that cannot be stored.
     """
+    if path not in removed:
+        require_there(path)
     if path.is_dir():
         source = open_folder(path, removed)
     elif path in removed:
         source = Source(removed[path])
-    elif not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
     elif path.suffix == ".safetensors":
         source = Source(list_tensors([path], removed))
     else:
@@ -181,21 +168,30 @@ def find_index(directory: Path) -> Path | None:
 
 def read_index(index: Path, removed: Recalled) -> dict[Path, set[str]]:
     """{shard: the tensors it should hold}, in the order of the file names."""
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names_of: dict[str, set[str]] = {}
-        for name, shard in weight_map.items():
-            names_of.setdefault(shard, set()).add(name)
-        strange = [shard for shard in names_of if Path(shard).name != shard or Path(shard).suffix != ".safetensors"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
+    no_index = f"{index} is not an index of safetensors shards"
+    with opened(index) as file:
+        try:
+            table = parse_json(file.read())
+        except ValueError as error:
+            raise ValueError(f"{no_index}: {error}") from error
+    weight_map = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{no_index}: its weight_map is not an object of file names")
+    names_of: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        names_of.setdefault(shard, set()).add(name)
+    strange = [shard for shard in names_of if Path(shard).name != shard or Path(shard).suffix != ".safetensors"]
     if strange:
         raise ValueError(f"{index} names {shorten(strange[0])}, which is no .safetensors file of its directory")
     paths = {index.parent / shard for shard in names_of}
-    missing = sorted(path.name for path in paths if path not in removed and not path.exists())
-    if missing:
+    if missing := sorted(path.name for path in paths if path not in removed and is_missing(path)):
         raise FileNotFoundError(f"{index} names {missing[0]}, which is not in {index.parent} ({len(missing)} missing)")
     return {index.parent / shard: names_of[shard] for shard in sorted(names_of)}
+
+
+def is_missing(shard: Path) -> bool:
+    """Whether nothing has that name. What is there and cannot be opened is said when it is read."""
+    return not os.path.lexists(shard)
 
 
 def compare_with_index(entries: list[Entry], shards: dict[Path, set[str]], index: Path) -> list[str]:
@@ -226,8 +222,11 @@ def list_tensors(shards: Iterable[Path], removed: Recalled) -> list[Entry]:
 
 
 def read_shard_header(path: Path) -> list[Entry]:
+    require_regular(path)
+    shard, start = describe(path)
     with opened_shard(path) as file:
-        shard, start = describe(path)
+        if describe(path)[0] != shard:  # or the tensors that safetensors tells are of another file
+            raise ValueError(f"{path} was changed while it was read")
         found: dict[str, Entry] = {}
         for name in file.offset_keys():  # safetensors has checked that the tensors lie side by side without a gap
             header = file.get_slice(name)
@@ -239,27 +238,3 @@ def read_shard_header(path: Path) -> list[Entry]:
             found[name] = Entry(name, shard, dtype, tuple(header.get_shape()), start)
             start += found[name].nbytes
         return [found[name] for name in file.keys()]  # noqa: SIM118 (a safetensors file is not iterable)
-
-
-def describe(path: Path) -> tuple[Shard, int]:
-    """The shard, and where in it the first tensor begins: after the header and the eight bytes that give its length."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        header = file.read(int.from_bytes(length, "little"))
-        status = os.fstat(file.fileno())
-        return Shard(path, status.st_size, status.st_mtime_ns, sha256_of_bytes(header)), file.tell()
-
-
-@contextmanager
-def opened_shard(shard: Path) -> Iterator[Any]:
-    """safe_open, with errors that name the file and the usual cause."""
-    if shard.exists() and not shard.is_file():
-        raise ValueError(f"{shard} is no regular file; a shard is one, or a link to one")
-    try:
-        with safe_open(shard, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        with shard.open("rb") as file:
-            is_pointer = file.read(30).startswith(b"version https://git-lfs")
-        cause = "a Git LFS pointer; fetch the weights with: git lfs pull" if is_pointer else f"damaged: {error}"
-        raise ValueError(f"{shard} is {cause}") from error

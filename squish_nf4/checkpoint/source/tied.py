@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 
 from squish_nf4.checkpoint.source.shards import Entry, read_values
 
-SAMPLE = 1024  # values looked at before two tensors are compared as a whole
-STEP = 2**18  # values compared at a time
+SAMPLE = 1024  # values looked at before a tensor is read as a whole
+STEP = 2**18  # values read at a time
 
 
 def find_tied(entries: Sequence[Entry]) -> dict[str, str]:
     """{name: the first tensor with the same values} for matrices of one dtype and shape that are equal in every byte.
 
-    Constant ones are not tied, nor are vectors: they are equal because nobody trained them.
+    Constant ones are not tied, nor are vectors: they are equal because nobody trained them. No tensor is read more than
+    once, and few are read at all.
     """
-    alike: defaultdict[tuple[object, ...], list[Entry]] = defaultdict(list)
-    for entry in entries:
-        if len(entry.shape) >= 2 and entry.numel:
-            alike[entry.dtype, entry.shape].append(entry)
+    matrices = [entry for entry in entries if len(entry.shape) >= 2 and entry.numel]
     tied: dict[str, str] = {}
-    for group in alike.values():
-        by_sample: defaultdict[bytes, list[Entry]] = defaultdict(list)
-        for entry in group if len(group) > 1 else ():
-            owners = by_sample[sample(entry)]
-            owner = next((owner for owner in owners if equal_and_not_constant(owner, entry)), None)
-            if owner is None:
-                owners.append(entry)
-            else:
-                tied[entry.name] = owner.name
+    for alike in shared(matrices, lambda entry: (entry.dtype, entry.shape)):
+        for similar in shared(alike, sample):
+            for owner, *others in shared(similar, digest_unless_constant):
+                tied |= {entry.name: owner.name for entry in others}
     return tied
+
+
+def shared(entries: Iterable[Entry], key: Callable[[Entry], Hashable]) -> list[list[Entry]]:
+    """The entries of one key, for each key that is not None and that two or more have."""
+    groups: defaultdict[Hashable, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[key(entry)].append(entry)
+    return [group for found, group in groups.items() if found is not None and len(group) > 1]
 
 
 def sample(entry: Entry) -> bytes:
@@ -41,16 +43,16 @@ def sample(entry: Entry) -> bytes:
     return raw(entry, (entry.numel - count) // 2, count).numpy().tobytes()
 
 
-def equal_and_not_constant(a: Entry, b: Entry) -> bool:
-    first = raw(a, 0, 1)
+def digest_unless_constant(entry: Entry) -> bytes | None:
+    """The sha256 of all bytes; None if every value is the same."""
+    first = raw(entry, 0, 1)
+    sha256 = hashlib.sha256()
     constant = True
-    for start in range(0, a.numel, STEP):
-        count = min(STEP, a.numel - start)
-        ours = raw(a, start, count)
-        if not torch.equal(ours, raw(b, start, count)):
-            return False
-        constant = constant and bool((ours.view(-1, len(first)) == first).all())
-    return not constant
+    for start in range(0, entry.numel, STEP):
+        values = raw(entry, start, min(STEP, entry.numel - start))
+        sha256.update(values.numpy().data)
+        constant = constant and bool((values.view(-1, len(first)) == first).all())
+    return None if constant else sha256.digest()
 
 
 def raw(entry: Entry, start: int, count: int) -> torch.Tensor:
