@@ -76,7 +76,8 @@ def diff(
     for name in both:
         if progress:
             progress(Progress(name, done, total))
-        found = diff_tensor(name, first.tensors[name], second.tensors[name])
+        with first.snapshot.held(), second.snapshot.held():
+            found = diff_tensor(name, first.tensors[name], second.tensors[name])
         done += first.tensors[name].nbytes
         if found.form or found.differences:
             different.append(found)

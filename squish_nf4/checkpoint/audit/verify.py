@@ -83,6 +83,10 @@ def verify(
         report.problems.append(str(error))
     else:
         check_all(directory, original, report, progress or (lambda _: None))
+        try:
+            directory.snapshot.require_unchanged()
+        except ValueError as error:
+            report.problems.append(str(error))
     report.seconds = time.perf_counter() - started
     return report
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from squish_nf4.checkpoint.directory.format import MANIFEST, READY, SIDECAR, TENSORS
+from squish_nf4.checkpoint.directory.snapshot import Snapshot
 from squish_nf4.checkpoint.directory.stored_tensor import Folder, StoredTensor, open_tensor
 from squish_nf4.checkpoint.directory.tables import Records, find_owners, read_manifest, read_sidecar
 from squish_nf4.checkpoint.messages import listed, shorten
@@ -31,7 +32,7 @@ class SquishDirectory:
 
     tensors: by name, in the order of the manifest; tied names have one and the same StoredTensor. records: what
     squish_nf4.json says of each tensor, None without it. copied: what it says of the small files, unchecked. unclaimed:
-    files with our suffixes that belong to no tensor.
+    files with our suffixes that belong to no tensor. snapshot: whether it is still there.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class SquishDirectory:
     records: Records | None
     copied: Any
     unclaimed: tuple[str, ...]
+    snapshot: Snapshot
 
     @property
     def owned(self) -> list[StoredTensor]:
@@ -84,8 +86,8 @@ def load_npy_dir(
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ValueError: the directory is unfinished or damaged, holds a tensor in a form this library does not read or a
-            value that dtype cannot hold, or takes more memory than there is.
+        ValueError: the directory is unfinished or damaged, was changed while it was read, holds a tensor in a form
+            this library does not read or a value that dtype cannot hold, or takes more memory than there is.
         TypeError: dtype is not a floating-point type.
     """
     directory, dtypes = open_with_dtypes(path, dtype)
@@ -118,6 +120,10 @@ def open_with_dtypes(
 
 
 def read_all(directory: SquishDirectory, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
+    def read(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+        with directory.snapshot.held():
+            return stored.read(dtype)
+
     uses = Counter(tensor.name for tensor in directory.tensors.values())
     shared: dict[str, Tensor] = {}
     for name, stored in directory.tensors.items():
@@ -125,10 +131,10 @@ def read_all(directory: SquishDirectory, dtypes: Mapping[str, torch.dtype]) -> I
         if stored.name in shared:
             yield name, shared[stored.name] if uses[stored.name] else shared.pop(stored.name)
         elif uses[stored.name]:
-            shared[stored.name] = stored.read(dtypes[name])
+            shared[stored.name] = read(stored, dtypes[name])
             yield name, shared[stored.name]
         else:
-            yield name, stored.read(dtypes[name])
+            yield name, read(stored, dtypes[name])
 
 
 def open_directory(path: str | os.PathLike[str]) -> SquishDirectory:
@@ -150,10 +156,16 @@ def open_leniently(path: str | os.PathLike[str], complain: Callable[[ValueError]
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ValueError: it is unfinished, or a table cannot be read.
+        ValueError: it is unfinished, a table cannot be read, or it was changed meanwhile.
     """
     path = Path(path)
+    snapshot = Snapshot(path)
     require_finished(path)
+    with snapshot.held():
+        return open_all(path, complain, snapshot)
+
+
+def open_all(path: Path, complain: Callable[[ValueError], None], snapshot: Snapshot) -> SquishDirectory:
     manifest = read_manifest(path)
     sidecar = read_sidecar(path)
     records: Records | None = sidecar and sidecar["tensors"]
@@ -175,7 +187,7 @@ def open_leniently(path: str | os.PathLike[str], complain: Callable[[ValueError]
             text = f"{path / TENSORS} holds files of no tensor that {MANIFEST} names: {listed(unclaimed)}"
             complain(ValueError(text))
     tensors = {name: stored[owner] for name, owner in owners.items() if owner in stored}
-    return SquishDirectory(path, tensors, records, sidecar and sidecar.get("copied"), tuple(unclaimed))
+    return SquishDirectory(path, tensors, records, sidecar and sidecar.get("copied"), tuple(unclaimed), snapshot)
 
 
 def require_finished(path: Path) -> None:

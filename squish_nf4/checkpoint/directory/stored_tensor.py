@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from squish_nf4.checkpoint.directory.format import ENDS, SUFFIXES
-from squish_nf4.checkpoint.directory.npy_header import MOST_DIMENSIONS
 from squish_nf4.checkpoint.directory.npy_reader import NpyFile, open_npy
 from squish_nf4.checkpoint.files import refuse_outside, require_file
 from squish_nf4.checkpoint.messages import shorten
 from squish_nf4.checkpoint.resources import require_memory
-from squish_nf4.checkpoint.values import WIDENED, Array, dtype_name
+from squish_nf4.checkpoint.values import MOST_DIMENSIONS, WIDENED, Array, dtype_name
 from squish_nf4.layout import stored_bits_per_weight
 from squish_nf4.ops import COMPUTE_DTYPES, dequantize_nf4
 
@@ -256,8 +255,10 @@ def read_shape(folder: Folder, key: str, files: dict[str, NpyFile]) -> tuple[int
     if file is None:
         return shape
     files["__shape"] = file
+    if len(file.shape) == 1 and file.shape[0] > MOST_DIMENSIONS:
+        raise ValueError(f"{file.path} says {file.shape[0]} dimensions; at most {MOST_DIMENSIONS} are read")
     sizes: Any = [-1]
-    if len(file.shape) == 1 and file.shape[0] <= MOST_DIMENSIONS and file.dtype.kind in "iu":
+    if len(file.shape) == 1 and file.dtype.kind in "iu":
         sizes = file.load().tolist()
     if min(sizes, default=0) < 0 or math.prod(sizes) != math.prod(shape):
         raise ValueError(f"{file.path} is not the shape of {math.prod(shape)} values")

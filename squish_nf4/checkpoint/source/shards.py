@@ -24,6 +24,7 @@ from torch import Tensor
 from squish_nf4.checkpoint.files import sha256_of_bytes
 from squish_nf4.checkpoint.messages import listed, shorten
 from squish_nf4.checkpoint.source.small_files import INDEX_SUFFIX, collect_small_files, other_weights
+from squish_nf4.checkpoint.values import MOST_DIMENSIONS
 
 # safetensors' names of what both torch and numpy can hold, after widening where numpy knows no such float.
 DTYPES = {
@@ -132,7 +133,8 @@ def open_source(path: Path, removed: Recalled = MappingProxyType({})) -> Source:
 
     Raises:
         FileNotFoundError: path, or a shard that the index names, is not there.
-        ValueError: nothing to convert, a damaged shard, an index that is wrong, or a dtype that cannot be stored.
+        ValueError: nothing to convert, a damaged shard, an index that is wrong, or a dtype or
+            a number of dimensions that cannot be stored.
     """
     if path.is_dir():
         source = open_folder(path, removed)
@@ -236,7 +238,13 @@ def read_shard_header(path: Path) -> list[Entry]:
                 raise ValueError(
                     f"tensor {shorten(name)} in {path.name} is {header.get_dtype()}, which has no .npy form"
                 )
-            found[name] = Entry(name, shard, dtype, tuple(header.get_shape()), start)
+            shape = tuple(header.get_shape())
+            if len(shape) > MOST_DIMENSIONS:
+                raise ValueError(
+                    f"tensor {shorten(name)} in {path.name} has {len(shape)} dimensions; a .npy file has at most "
+                    f"{MOST_DIMENSIONS}"
+                )
+            found[name] = Entry(name, shard, dtype, shape, start)
             start += found[name].nbytes
         return [found[name] for name in file.keys()]  # noqa: SIM118 (a safetensors file is not iterable)
 
