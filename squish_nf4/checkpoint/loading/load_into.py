@@ -82,7 +82,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     Raises:
         FileNotFoundError: there is no such directory.
         TypeError: the model is, or holds, a ScriptModule.
-        ValueError: the directory is damaged or was changed while it was read, or a name, shape, dtype or value does not fit. The model is as it was.
+        ValueError: the directory is damaged or was changed while it was read, or a name, shape, dtype or value does
+            not fit. The model is as it was.
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TypeError("load_into: a ScriptModule cannot be filled; load into the module that it is scripted from")
