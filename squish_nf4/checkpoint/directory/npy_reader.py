@@ -18,6 +18,7 @@ import torch
 
 from squish_nf4.checkpoint.directory.npy_header import Header, read_header
 from squish_nf4.checkpoint.files import Identity, identity_of
+from squish_nf4.checkpoint.messages import shown
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.checkpoint.values import Array
 
@@ -130,11 +131,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield file
     except ImportError as error:
-        raise ImportError(f"{path} {error}") from None
+        raise ImportError(f"{shown(path)} {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
+        raise ValueError(f"{shown(path)} {error}") from error
     except (OSError, MemoryError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{shown(path)} cannot be read: {error}") from error
 
 
 def is_zst(path: Path) -> bool:

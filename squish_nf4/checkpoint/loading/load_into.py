@@ -28,7 +28,7 @@ from squish_nf4.checkpoint.loading.slots import (
     slots_of,
     take_all_or_none,
 )
-from squish_nf4.checkpoint.messages import listed
+from squish_nf4.checkpoint.messages import listed, shown, visible
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.choose import Candidate, replaceable
 
@@ -55,10 +55,10 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.nf4)} weights in NF4, {len(self.decoded)} decoded, {len(self.kept)} kept tensors"]
-        lines += [f"decoded: {name}: {reason}" for name, reason in self.decoded.items()]
-        lines += [f"missing: {name}" for name in self.missing]
-        lines += [f"not in the model: {name}" for name in self.extra]
-        lines += [f"on meta and in no checkpoint, build it again: {name}" for name in self.on_meta]
+        lines += [f"decoded: {shown(name)}: {visible(reason)}" for name, reason in self.decoded.items()]
+        lines += [f"missing: {shown(name)}" for name in self.missing]
+        lines += [f"not in the model: {shown(name)}" for name in self.extra]
+        lines += [f"on meta and in no checkpoint, build it again: {shown(name)}" for name in self.on_meta]
         return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor, as_torch
-from squish_nf4.checkpoint.messages import listed, shorten
+from squish_nf4.checkpoint.messages import listed, shorten, shown
 from squish_nf4.checkpoint.values import dtype_name
 from squish_nf4.choose import Candidate
 from squish_nf4.nn.linear import NF4Linear
@@ -82,7 +82,9 @@ def slots_of(model: nn.Module) -> list[Slot]:
                 continue
             name = f"{prefix}.{attribute}" if prefix else attribute
             if is_lazy(tensor):
-                raise ValueError(f"load_into: {name} of the model is not initialized yet: run the model once first")
+                raise ValueError(
+                    f"load_into: {shown(name)} of the model is not initialized yet: run the model once first"
+                )
             slot = slots.setdefault(id(tensor), Slot(tensor))
             slot.names.append(name)
             slot.places.append((module, attribute))
