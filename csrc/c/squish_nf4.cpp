@@ -95,7 +95,8 @@ int32_t squish_nf4_quantize(const void* w, int32_t dtype, int64_t n, int64_t d, 
                             int64_t last_row, uint8_t* packed, float* scales) {
   if (dtype < SQUISH_NF4_FLOAT32 || dtype > SQUISH_NF4_FLOAT64) return SQUISH_NF4_BAD_DTYPE;
   const Matrix m{n, d, group_size, first_row, last_row};
-  if (const int32_t status = check(m, w, dtype, packed, scales); status != SQUISH_NF4_OK || m.columns() == 0) return status;
+  if (const int32_t status = check(m, w, dtype, packed, scales); status != SQUISH_NF4_OK || m.columns() == 0)
+    return status;
   const cpu::DefaultFloatEnvironment environment;
   if (dtype == SQUISH_NF4_FLOAT32) quantize<float>(m, w, packed, scales);
   if (dtype == SQUISH_NF4_BFLOAT16) quantize<nf4::BFloat16>(m, w, packed, scales);
@@ -108,7 +109,8 @@ int32_t squish_nf4_dequantize(const uint8_t* packed, const float* scales, int64_
                               int64_t first_row, int64_t last_row, int32_t dtype, void* out) {
   if (dtype < SQUISH_NF4_FLOAT32 || dtype > SQUISH_NF4_FLOAT16) return SQUISH_NF4_BAD_DTYPE;
   const Matrix m{n, d, group_size, first_row, last_row};
-  if (const int32_t status = check(m, out, dtype, packed, scales); status != SQUISH_NF4_OK || m.columns() == 0) return status;
+  if (const int32_t status = check(m, out, dtype, packed, scales); status != SQUISH_NF4_OK || m.columns() == 0)
+    return status;
   const cpu::DefaultFloatEnvironment environment;
   if (dtype == SQUISH_NF4_FLOAT32) dequantize<float>(m, packed, scales, out);
   if (dtype == SQUISH_NF4_BFLOAT16) dequantize<nf4::BFloat16>(m, packed, scales, out);

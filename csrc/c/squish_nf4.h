@@ -8,8 +8,9 @@
  *
  * The functions are pure: they do not allocate, lock, throw, print or start threads, and may be called from any thread.
  * A range of rows, [first_row, last_row), lets the caller's threads share a matrix; pointers are always those of the
- * whole matrix. Values must lie as C wants them: a matrix of float64 on a multiple of 8 bytes, of float32 and the scales
- * on one of 4, of a 16-bit type on one of 2. Inputs and outputs must not overlap. Nothing is written if a check fails.
+ * whole matrix. Values must lie as C wants them: a matrix of float64 on a multiple of 8 bytes, of float32 and the
+ * scales on one of 4, of a 16-bit type on one of 2. Inputs and outputs must not overlap. Nothing is written if a check
+ * fails.
  *
  * Environment: SQUISH_NF4_ISA=scalar|avx2|avx512|avx512_bf16 caps the processor path; it is read at the first call.
  */
