@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import squish_nf4
 from squish_nf4 import NF4Linear, convert, load_into, load_npy_dir
 from squish_nf4.checkpoint import resources
-from squish_nf4.torchscript.comparison import have_same_bits
 from tests.support.directories import allocating_at_most, compress, minilm_directory, write_foreign_dir
 from tests.support.helpers import require, require_transformers
+from tests.support.loading import assert_unchanged, converted, on_meta, state_of
 from tests.support.models import Llama
 
 
@@ -39,36 +39,9 @@ class Small(nn.Module):
         return self.norm(self.up(self.embed(ids)))
 
 
-def converted(model: nn.Module, path: Path, **options: object) -> Path:
-    """A directory made of the model's state."""
-    state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    save_file(state, path.with_suffix(".safetensors"))
-    convert(path.with_suffix(".safetensors"), path, outlier_threshold=float("inf"), **options)  # type: ignore[arg-type]
-    return path
-
-
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.device("meta"):
-        return make()
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     return converted(Small(), tmp_path / "small")
-
-
-def state_of(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-    """Which objects a model holds and their values; meta tensors by their identity alone."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: (id(t), t.detach() if t.is_meta else t.detach().clone()) for name, t in tensors.items()}
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, tuple[int, Tensor]]) -> None:
-    after = state_of(model)
-    assert after.keys() == before.keys()
-    for name, (identity, values) in after.items():
-        assert identity == before[name][0], name
-        assert values.is_meta or have_same_bits(values, before[name][1]), name
 
 
 @pytest.mark.parametrize("make", [Small, lambda: on_meta(Small)], ids=["in memory", "on meta"])
@@ -100,68 +73,6 @@ def test_the_filled_model_computes_what_its_decoded_weights_compute(small: Path)
     torch.testing.assert_close(model(ids), dense(ids), rtol=1e-5, atol=1e-5)
     model(ids).sum().backward()
     assert model.embed.weight.grad is not None
-
-
-class Refusing(nn.Module):
-    """Takes no other layer in the place of its last one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(64, 8), nn.Linear(64, 8)
-        self.norm = nn.LayerNorm(8)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "last" and isinstance(value, NF4Linear):
-            raise RuntimeError("the last layer stays")
-        super().__setattr__(name, value)
-
-
-@pytest.mark.parametrize("make", [Refusing, lambda: on_meta(Refusing)], ids=["in memory", "on meta"])
-def test_a_model_that_refuses_a_layer_is_left_as_it_was(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
-    path = converted(Refusing(), tmp_path / "dir")
-    model = make()
-    layers, before = dict(model.named_modules()), state_of(model)
-    with pytest.raises(RuntimeError, match="the last layer stays"):
-        load_into(model, path)
-    assert_unchanged(model, before)
-    assert dict(model.named_modules()) == layers
-
-
-def with_weight(*shape: int) -> nn.Sequential:
-    """A layer whose sizes are not those of its weight, which torch's forward does not ask."""
-    model = nn.Sequential(nn.Linear(32, 6))
-    model[0].weight = nn.Parameter(torch.zeros(shape))
-    return model
-
-
-def with_a_bias_of_another_kind() -> nn.Sequential:
-    model = nn.Sequential(nn.Linear(32, 6))
-    del model[0].bias
-    model[0].register_buffer("bias", torch.zeros(6))
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda: with_weight(2, 3, 32), "stored in rows of 32"),
-        (lambda: with_weight(3, 32), "its layer says (6, 32), and the weight has another shape"),
-        (lambda: with_weight(6, 16), "its layer says (6, 32), and the weight has another shape"),
-        (with_a_bias_of_another_kind, "the bias of its layer is no parameter"),
-    ],
-    ids=["3-D", "pruned rows", "pruned columns", "a buffer as bias"],
-)
-def test_a_layer_that_no_nf4_layer_can_be_made_of_gets_its_weight_decoded(
-    tmp_path: Path, make: Callable[[], nn.Module], reason: str
-) -> None:
-    source = make()
-    with torch.no_grad():
-        source[0].weight.normal_(generator=torch.Generator().manual_seed(3))
-    path = converted(source, tmp_path / "dir")
-    model = make()
-    assert load_into(model, path).decoded == {"0.weight": reason}
-    assert type(model[0]) is nn.Linear
-    assert torch.equal(model[0].weight, load_npy_dir(path)["0.weight"])
 
 
 def test_parameters_stay_the_objects_that_an_optimizer_holds(small: Path) -> None:
