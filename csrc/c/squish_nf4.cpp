@@ -2,7 +2,9 @@
 #include "csrc/c/squish_nf4.h"
 
 #include <array>
+#include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 
 #include "csrc/cpu/dispatch.h"
@@ -28,13 +30,23 @@ struct Matrix {
   int64_t columns() const { return (last_row - first_row) * d; }
 };
 
-// Every check, once for both directions. The dtype is looked at by the caller, which knows its own.
-int32_t check(const Matrix& m, const void* dense, const void* packed, const void* scales) {
+// Bytes of a value, which are its alignment too. The caller has looked at the dtype.
+size_t size_of(int32_t dtype) {
+  if (dtype == SQUISH_NF4_FLOAT64) return sizeof(double);
+  return dtype == SQUISH_NF4_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+}
+
+bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// Every other check, once for both directions.
+int32_t check(const Matrix& m, const void* dense, int32_t dtype, const void* packed, const void* scales) {
   if (m.n < 0 || m.d < 0 || m.d % 2 != 0) return SQUISH_NF4_BAD_SIZE;
   if (m.d > 0 && m.n > std::numeric_limits<int64_t>::max() / 8 / m.d) return SQUISH_NF4_BAD_SIZE;
   if (m.group_size < 1 || m.d % m.group_size != 0) return SQUISH_NF4_BAD_GROUP;
   if (m.first_row < 0 || m.first_row > m.last_row || m.last_row > m.n) return SQUISH_NF4_BAD_ROWS;
   if (m.columns() > 0 && (dense == nullptr || packed == nullptr || scales == nullptr)) return SQUISH_NF4_NULL_POINTER;
+  if (m.columns() > 0 && !(is_aligned(dense, size_of(dtype)) && is_aligned(scales, sizeof(float))))
+    return SQUISH_NF4_MISALIGNED;
   return cpu::selection().error.empty() ? SQUISH_NF4_OK : SQUISH_NF4_BAD_ISA;
 }
 
@@ -72,6 +84,8 @@ const char* squish_nf4_message(int32_t status) {
       return "the rows must be 0 <= first_row <= last_row <= n";
     case SQUISH_NF4_BAD_ISA:
       return kBadIsa.data();
+    case SQUISH_NF4_MISALIGNED:
+      return "the address of a dense matrix or of the scales must be a multiple of the size of its values";
     default:
       return "unknown status";
   }
@@ -81,7 +95,8 @@ int32_t squish_nf4_quantize(const void* w, int32_t dtype, int64_t n, int64_t d, 
                             int64_t last_row, uint8_t* packed, float* scales) {
   if (dtype < SQUISH_NF4_FLOAT32 || dtype > SQUISH_NF4_FLOAT64) return SQUISH_NF4_BAD_DTYPE;
   const Matrix m{n, d, group_size, first_row, last_row};
-  if (const int32_t status = check(m, w, packed, scales); status != SQUISH_NF4_OK || m.columns() == 0) return status;
+  if (const int32_t status = check(m, w, dtype, packed, scales); status != SQUISH_NF4_OK || m.columns() == 0)
+    return status;
   const cpu::DefaultFloatEnvironment environment;
   if (dtype == SQUISH_NF4_FLOAT32) quantize<float>(m, w, packed, scales);
   if (dtype == SQUISH_NF4_BFLOAT16) quantize<nf4::BFloat16>(m, w, packed, scales);
@@ -94,7 +109,8 @@ int32_t squish_nf4_dequantize(const uint8_t* packed, const float* scales, int64_
                               int64_t first_row, int64_t last_row, int32_t dtype, void* out) {
   if (dtype < SQUISH_NF4_FLOAT32 || dtype > SQUISH_NF4_FLOAT16) return SQUISH_NF4_BAD_DTYPE;
   const Matrix m{n, d, group_size, first_row, last_row};
-  if (const int32_t status = check(m, out, packed, scales); status != SQUISH_NF4_OK || m.columns() == 0) return status;
+  if (const int32_t status = check(m, out, dtype, packed, scales); status != SQUISH_NF4_OK || m.columns() == 0)
+    return status;
   const cpu::DefaultFloatEnvironment environment;
   if (dtype == SQUISH_NF4_FLOAT32) dequantize<float>(m, packed, scales, out);
   if (dtype == SQUISH_NF4_BFLOAT16) dequantize<nf4::BFloat16>(m, packed, scales, out);
@@ -103,8 +119,12 @@ int32_t squish_nf4_dequantize(const uint8_t* packed, const float* scales, int64_
 }
 
 int64_t squish_nf4_first_non_finite(const float* scales, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    if (scales[i] != scales[i]) return i;
+  const auto* bytes = reinterpret_cast<const char*>(scales);  // there is no status for a misaligned pointer here
+  for (int64_t i = 0; i < count; ++i) {
+    float scale;
+    std::memcpy(&scale, bytes + i * int64_t{sizeof scale}, sizeof scale);
+    if (scale != scale) return i;
+  }
   return -1;
 }
 

@@ -8,7 +8,9 @@
  *
  * The functions are pure: they do not allocate, lock, throw, print or start threads, and may be called from any thread.
  * A range of rows, [first_row, last_row), lets the caller's threads share a matrix; pointers are always those of the
- * whole matrix. No alignment is needed. Inputs and outputs must not overlap. Nothing is written if a check fails.
+ * whole matrix. Values must lie as C wants them: a matrix of float64 on a multiple of 8 bytes, of float32 and the
+ * scales on one of 4, of a 16-bit type on one of 2. Inputs and outputs must not overlap. Nothing is written if a check
+ * fails.
  *
  * Environment: SQUISH_NF4_ISA=scalar|avx2|avx512|avx512_bf16 caps the processor path; it is read at the first call.
  */
@@ -43,7 +45,8 @@ enum {
   SQUISH_NF4_BAD_SIZE = 3,     /* n or d is negative, d is odd, or n*d values have no address */
   SQUISH_NF4_BAD_GROUP = 4,    /* group_size is below 1 or does not divide d */
   SQUISH_NF4_BAD_ROWS = 5,     /* not 0 <= first_row <= last_row <= n */
-  SQUISH_NF4_BAD_ISA = 6       /* SQUISH_NF4_ISA names a path that is unknown or that this processor has not */
+  SQUISH_NF4_BAD_ISA = 6,      /* SQUISH_NF4_ISA names a path that is unknown or that this processor has not */
+  SQUISH_NF4_MISALIGNED = 7    /* the address of a dense matrix or of the scales does not fit their type */
 };
 
 /* A sentence for a status; "unknown status" for any other number. */

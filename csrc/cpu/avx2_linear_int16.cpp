@@ -142,10 +142,11 @@ void dot_products(const RowRuns& runs, int64_t columns, int64_t group_size, cons
 }
 
 // Whether integers of 14 bits hold these activations about as well as T does: they are units of the largest magnitude
-// of their step, so no outlier may stand far above the others; nor may the unit leave the range of float32.
+// of their step, so no outlier may stand far above the others; nor may the unit or the sum of a step leave the range of
+// float32. Compared in float64, where no product overflows.
 template <typename T>
 bool suit(const T* x, int64_t m, int64_t d, int64_t stride) {
-  constexpr float kMostOverMean = std::is_same_v<T, Float16> ? 8 : 16;
+  constexpr double kMostOverMean = std::is_same_v<T, Float16> ? 8 : 16;
   for (int64_t i = 0; i < m; ++i)
     for (int64_t start = 0; start < d; start += kStep) {
       const int64_t count = d - start < kStep ? d - start : kStep;
@@ -155,8 +156,8 @@ bool suit(const T* x, int64_t m, int64_t d, int64_t stride) {
         largest = largest < magnitude ? magnitude : largest;
         sum += magnitude;
       }
-      const bool no_outlier = largest * static_cast<float>(count) <= kMostOverMean * sum;  // false for infinity and NaN
-      if (!(sum == 0 || (no_outlier && largest >= 0x1p-90f && sum < INFINITY))) return false;
+      const bool no_outlier = static_cast<double>(largest) * static_cast<double>(count) <= kMostOverMean * sum;
+      if (!(sum == 0 || (no_outlier && largest >= 0x1p-90f && sum < 0x1p127f))) return false;  // nor infinity, NaN
     }
   return true;
 }

@@ -14,7 +14,8 @@ using nf4::BFloat16;
 using nf4::Float16;
 
 // Encodes a run of columns: one row, some whole groups of a row, or several contiguous rows at once.
-//   w: `columns` values. packed: columns/2 bytes. scales: columns/group_size floats. No alignment needed, no overlap.
+//   w: `columns` values. packed: columns/2 bytes. scales: columns/group_size floats. Each aligned for its type and no
+//   further, no overlap.
 // Promised by the caller: group_size >= 1, columns a multiple of 2 and of group_size, a default floating-point
 // environment (csrc/cpu/float_environment.h).
 template <typename T>

@@ -95,6 +95,7 @@ bool int16_suits(const cpu::Path& path, const Tensor& x, const Tensor& packed, i
   const cpu::LinearKernels<int16_t>* kernels = path.linear_int16;
   if (kernels == nullptr || !kernels->takes(x.size(0), packed.size(1) * 2, group_size)) return false;
   const T* values = static_cast<const T*>(x.const_data_ptr());
+  const cpu::DefaultFloatEnvironment environment;
   return std::get<cpu::Activations<T, int16_t>>(kernels->activations).suit(values, x.size(0), x.size(1), x.stride(0));
 }
 

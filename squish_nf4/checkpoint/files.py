@@ -16,6 +16,13 @@ from typing import Any, BinaryIO
 AT_ONCE = 2**20  # bytes read in one step
 DEEPEST = 16  # objects and lists inside each other; no table of anybody needs half of that
 
+Identity = tuple[int, int, int, int]  # device, inode, size, time of the last change in nanoseconds
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    """What another file of the same name does not share, nor this one after it was written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
 
 def lies_inside(path: Path, root: str | Path) -> bool:
     """Whether path, all links followed, is root or lies in it."""

@@ -1,4 +1,8 @@
-"""What is said on the way: names in sentences, and how far a long task is."""
+"""What is said on the way: names in sentences, and how far a long task is.
+
+A name comes out of a file that anybody may have written. Printed as it is, it could move the cursor of a terminal,
+colour what follows, or look like a line of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,17 @@ class Progress:
     tensor: str
     bytes_done: int
     bytes_total: int
+
+
+def shown(name: object) -> str:
+    """A name or a path for a table or a line: as it is, or quoted and escaped if a character of it is not printable."""
+    text = str(name)
+    return text if text.isprintable() else repr(text)
+
+
+def visible(text: str) -> str:
+    """A sentence in one line: characters that are not printable are escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shorten(name: str, limit: int = 100) -> str:

@@ -14,6 +14,8 @@ Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 # the calling thread: the stretches of a tensor have threads of their own (conversion/stream.py).
 BLOCK = 2**15
 
+MOST_DIMENSIONS = 64  # numpy's own limit
+
 # Floats that numpy has no type for. Every one of their values is a float32.
 WIDENED = {
     torch.bfloat16,

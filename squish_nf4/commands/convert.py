@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -176,8 +175,8 @@ def ending(json: bool) -> Iterator[None]:
             if json:
                 try:
                     print_convert.emit_error(sentence, code)
-                except OSError:  # nobody reads on; what stdout still holds would fail once more when Python ends
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                except OSError:  # nobody reads on
+                    terminal.lead_nowhere(sys.stdout)
             terminal.complain(sentence)
             raise typer.Exit(code) from error
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.padding import Padding
 
 from squish_nf4.commands import terminal
@@ -65,7 +64,7 @@ def print_export(report: ExportReport) -> None:
 
     out = terminal.console()
     written, quantized = report.written, report.quantized
-    lines = {"File": f"[bold]{escape(str(written.path))}[/], {size(written.bytes)}, {written.route}"}
+    lines = {"File": f"[bold]{terminal.name(written.path)}[/], {size(written.bytes)}, {written.route}"}
     if quantized is None:
         lines["Model"] = f"{written.contents}, as it came"
     elif quantized.layers:
@@ -73,14 +72,14 @@ def print_export(report: ExportReport) -> None:
     else:
         lines["Model"] = f"{written.contents}; nothing to quantize, {len(quantized.left_alone)} left alone"
     if written.why_traced:
-        lines["Traced"] = f"it cannot be scripted: {escape(written.why_traced)}"
+        lines["Traced"] = f"it cannot be scripted: {terminal.escape(written.why_traced)}"
     if report.signature:
-        lines["Call"] = escape(report.signature)
+        lines["Call"] = terminal.escape(report.signature)
     lines["Checked"] = f"[green]{written.verification}[/]" if written.same_bits else written.verification
     for label, text in lines.items():
         out.print(f"  {label:<8}{text}", soft_wrap=True)
     for note in (*(quantized.notes if quantized else ()), *written.notes):
-        out.print(Padding(f"[yellow]Note:[/] {escape(note)}", (0, 0, 0, 2)))
+        out.print(Padding(f"[yellow]Note:[/] {terminal.escape(note)}", (0, 0, 0, 2)))
     out.print(Padding(f"[dim]{DEPRECATION}.[/]", (0, 0, 0, 2)))
 
 

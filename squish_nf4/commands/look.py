@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from squish_nf4.commands import terminal
 
@@ -68,7 +67,7 @@ def inspect(
             from squish_nf4.commands.inspect.page import write_page
 
             write_page(report, html)
-            terminal.console(stderr=True).print(f"Page written: {escape(str(html))}", soft_wrap=True)
+            terminal.console(stderr=True).print(f"Page written: {terminal.name(html)}", soft_wrap=True)
 
 
 def diff(

@@ -11,10 +11,11 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from squish_nf4.checkpoint.messages import shown
+from squish_nf4.commands import terminal
 from squish_nf4.commands.terminal import console, count, duration, plain_table, size
 
 if TYPE_CHECKING:
@@ -25,23 +26,23 @@ if TYPE_CHECKING:
 def print_conversion(report: ConvertReport) -> None:
     """Print the summary that `convert` ends with."""
     out = console()
-    out.print(f"[bold]{escape(str(report.source))}[/] -> [bold]{escape(str(report.output))}[/]", soft_wrap=True)
+    out.print(f"[bold]{terminal.name(report.source)}[/] -> [bold]{terminal.name(report.output)}[/]", soft_wrap=True)
     out.print(kinds(report))
     if report.kept:
         out.print(reasons(report))
     if report.worst is not None:
         out.print(
             f"  Relative error: mean {report.mean_relative_error:.4f}, "
-            f"worst {report.worst.relative_error:.4f} ({escape(report.worst.name)})"
+            f"worst {report.worst.relative_error:.4f} ({terminal.name(report.worst.name)})"
         )
     if report.bytes_saved:
         out.print(f"  Compressed: {size(report.bytes_saved)} less, without a loss")
-    if tied := [f"{tensor.name} ({tensor.tied_to})" for tensor in report.tensors if tensor.tied_to]:
-        out.print(f"  Tied, stored once: {escape(', '.join(tied))}")
+    if tied := [f"{shown(tensor.name)} ({shown(tensor.tied_to)})" for tensor in report.tensors if tensor.tied_to]:
+        out.print(f"  Tied, stored once: {terminal.escape(', '.join(tied))}")
     if report.copied:
-        out.print(f"  Copied along: {escape(', '.join(report.copied))}")
+        out.print(f"  Copied along: {terminal.escape(', '.join(map(shown, report.copied)))}")
     for note in report.notes:
-        out.print(Padding(f"[yellow]Note:[/] {escape(note)}", (0, 0, 0, 2)))
+        out.print(Padding(f"[yellow]Note:[/] {terminal.escape(note)}", (0, 0, 0, 2)))
     out.print(f"  Done in {duration(report.seconds)}{pace(report)}.")
 
 
@@ -61,10 +62,10 @@ def print_plan(plan: ConvertPlan) -> None:
     for planned in plan.tensors:
         entry = planned.entry
         table.add_row(
-            escape(entry.name),
+            terminal.name(entry.name),
             str(entry.dtype).removeprefix("torch."),
             " x ".join(map(str, entry.shape)) or "scalar",
-            escape(becomes(planned)),
+            terminal.escape(becomes(planned)),
             f"{planned.bits_per_weight:.2f}",
             size(entry.nbytes),
             size(planned.nbytes),
@@ -76,12 +77,12 @@ def print_plan(plan: ConvertPlan) -> None:
     out.print(table)
     out.print("  Nothing was written.")
     for note in plan.source.notes:
-        out.print(Padding(f"[yellow]Note:[/] {escape(note)}", (0, 0, 0, 2)))
+        out.print(Padding(f"[yellow]Note:[/] {terminal.escape(note)}", (0, 0, 0, 2)))
 
 
 def becomes(planned: Planned) -> str:
     if planned.tied_to:
-        return f"stored with {planned.tied_to}"
+        return f"stored with {shown(planned.tied_to)}"
     return f"kept: {planned.reason}" if planned.reason else f"NF4, groups of {planned.group_size}"
 
 
@@ -115,11 +116,11 @@ def reasons(report: ConvertReport) -> Table:
         names = [tensor.name for tensor in sorted(tensors, key=lambda tensor: -tensor.bytes_in)]
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         table.add_row(
-            escape(reason),
+            terminal.escape(reason),
             str(len(names)),
             size(sum(t.bytes_out for t in tensors)),
             size(cost) if (cost := sum(t.outlier_cost for t in tensors)) else "",
-            escape(", ".join(names[:2]) + more),
+            terminal.escape(", ".join(map(shown, names[:2])) + more),
         )
     return table
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 
 from squish_nf4.checkpoint.audit.compare import Differences, Place
 from squish_nf4.checkpoint.audit.diff import DiffReport, TensorDiff
@@ -18,14 +17,14 @@ def print_verification(report: VerifyReport) -> None:
     """Print what is wrong, and a verdict; to stdout, problems too: they are what was asked for."""
     out = terminal.console()
     for problem in report.problems:
-        out.print(f"[bold red]Wrong:[/] {escape(problem)}", soft_wrap=True)
+        out.print(f"[bold red]Wrong:[/] {terminal.escape(problem)}", soft_wrap=True)
     for note in report.notes:
-        out.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
+        out.print(f"[yellow]Note:[/] {terminal.escape(note)}", soft_wrap=True)
     out.print(f"{verdict(report)} {what_was_checked(report)}, in {duration(report.seconds)}.", soft_wrap=True)
 
 
 def verdict(report: VerifyReport) -> str:
-    path = escape(str(report.path))
+    path = terminal.name(report.path)
     if report.sound:
         return f"[bold]{path}[/] is [green]sound[/]:"
     return f"[bold]{path}[/] has [bold red]{count(len(report.problems), 'problem')}[/]:"
@@ -37,7 +36,7 @@ def what_was_checked(report: VerifyReport) -> str:
         parts.append(f"{count(report.checksums, 'checksum')} right")
     if report.source is not None:
         parts.append(
-            f"against {escape(str(report.source))} {report.requantized} quantized again to the same bytes, "
+            f"against {terminal.name(report.source)} {report.requantized} quantized again to the same bytes, "
             f"{report.equal} kept with the same values"
         )
     return "; ".join(parts)
@@ -48,7 +47,7 @@ def print_differences(report: DiffReport) -> None:
     out = terminal.console()
     for path, names in ((report.a, report.only_a), (report.b, report.only_b)):
         for name in names:
-            out.print(f"only in {escape(str(path))}: [bold]{escape(name)}[/]", soft_wrap=True)
+            out.print(f"only in {terminal.name(path)}: [bold]{terminal.name(name)}[/]", soft_wrap=True)
     for tensor in report.different:
         print_tensor_diff(out, tensor)
     out.print(verdict_of_diff(report), soft_wrap=True)
@@ -57,12 +56,12 @@ def print_differences(report: DiffReport) -> None:
 def print_tensor_diff(out: Console, tensor: TensorDiff) -> None:
     if tensor.form:
         a, b = tensor.form
-        out.print(f"[bold]{escape(tensor.name)}[/]: stored as {a} and as {b}", soft_wrap=True)
+        out.print(f"[bold]{terminal.name(tensor.name)}[/]: stored as {a} and as {b}", soft_wrap=True)
     for differences in tensor.differences:
         what = f"1 {differences.what} differs"
         if differences.count > 1:
             what = f"{differences.count} {PLURALS[differences.what]} differ"
-        out.print(f"[bold]{escape(tensor.name)}[/]: {what}", soft_wrap=True)
+        out.print(f"[bold]{terminal.name(tensor.name)}[/]: {what}", soft_wrap=True)
         for place in differences.first:
             out.print(f"  {place_and_values(differences, place)}", soft_wrap=True)
         if differences.count > len(differences.first):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING
 
 import typer
-from rich import box
+from rich import box, markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from squish_nf4.checkpoint.messages import shown, visible
 from squish_nf4.torchscript.refusals import TorchScriptError
 
 if TYPE_CHECKING:
@@ -24,15 +25,40 @@ if TYPE_CHECKING:
 WIDTH_OF_A_FILE = 120  # where there is no terminal whose width could be asked for
 
 
+class Out(Console):
+    """A console that prints on into nothing when its reader has gone, as head does: the command's exit code stands."""
+
+    def on_broken_pipe(self) -> None:
+        lead_nowhere(self.file)
+
+
+def lead_nowhere(stream: IO[str]) -> None:
+    """What the stream still holds would fail once more when Python ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console on the stdout or stderr of now. Without a terminal it is plain text."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else WIDTH_OF_A_FILE)
+    return Out(file=stream, highlight=False, width=None if stream.isatty() else WIDTH_OF_A_FILE)
+
+
+def escape(text: object) -> str:
+    """Text that is printed as it is read: no markup for rich, and nothing that a terminal would obey."""
+    return markup.escape(visible(str(text)))
+
+
+def name(text: object) -> str:
+    """A tensor's name or a path, escaped; quoted if it holds what cannot be printed."""
+    return markup.escape(shown(text))
 
 
 def complain(sentence: str) -> None:
     """Print an error on stderr, unwrapped, so that it can be searched for."""
-    console(stderr=True).print(f"[bold red]squish-nf4:[/] {escape(sentence)}", soft_wrap=True)
+    with suppress(OSError):  # stderr may be full; the exit code says it too
+        console(stderr=True).print(f"[bold red]squish-nf4:[/] {escape(sentence)}", soft_wrap=True)
 
 
 @contextmanager
@@ -112,6 +138,6 @@ def progress_bar() -> Iterator[Callable[[Progress], None] | None]:
             if bar.tasks[task].total is None:
                 bar.update(task, total=progress.bytes_total)
                 bar.reset(task, completed=progress.bytes_done, total=progress.bytes_total)
-            bar.update(task, description=escape(progress.tensor), completed=progress.bytes_done)
+            bar.update(task, description=name(progress.tensor), completed=progress.bytes_done)
 
         yield show

@@ -7,10 +7,8 @@ in comparison.py. See docs/torchscript.md.
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from squish_nf4.nn.linear import NF4Linear
+from squish_nf4.replace import written_beside
 from squish_nf4.torchscript.calls import Call, as_call, copied, resized_calls, run
 from squish_nf4.torchscript.comparison import Comparison, compare
 from squish_nf4.torchscript.model_state import ModelState, state_kept
@@ -116,7 +115,7 @@ def export_torchscript(
             autocast is on.
         TypeError: ``model`` is not a module, torch.jit made it, or torch.compile it or a module in it; or the example
             inputs hold what TorchScript does not take.
-        FileExistsError: ``path`` exists, and ``overwrite`` is not given.
+        FileExistsError: ``path`` exists, and ``overwrite`` is not given, or it is no regular file.
 
     Warns:
         UserWarning: the trace is wrong at other sizes than those of the example inputs (also among the notes).
@@ -136,7 +135,8 @@ def export_torchscript(
             resized = resized_calls(model, example)
             state.restore()
         calls = [] if example is None else [example] * CALLS + [call for call, _ in resized.values()]
-        with written_beside(Path(os.path.realpath(target)), module) as file:
+        with written_beside(target) as file:
+            torch.jit.save(module, file)
             trial = try_in_fresh_process(file, [copied(call) for call in calls])  # a call may write into its inputs
             comparison = compare_calls(trial, expected)
             if comparison.misfit is not None:
@@ -171,18 +171,6 @@ def export_torchscript(
         free_dimensions=free,
         notes=tuple(notes),
     )
-
-
-@contextmanager
-def written_beside(target: Path, module: Any) -> Iterator[Path]:
-    """Save the module in a folder beside ``target``, and move it there at the end; after an error nothing is left."""
-    with tempfile.TemporaryDirectory(prefix=".squish_nf4.", dir=target.parent) as folder:
-        file = Path(folder, target.name)
-        torch.jit.save(module, file)
-        yield file
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-        file.replace(target)
 
 
 def is_nf4_layer(module: nn.Module) -> bool:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from squish_nf4.replace import refuse_to_replace
+
 REASON_COMES_LAST = ("The following operation failed", "Tracer cannot infer type")
 
 
@@ -27,6 +29,10 @@ def refuse_target(path: Path, overwrite: bool) -> None:
         raise IsADirectoryError(f"export_torchscript: {path} is a directory; name a file in it")
     if not overwrite and os.path.lexists(path):
         raise FileExistsError(f"export_torchscript: {path} exists; overwrite=True replaces it")
+    try:
+        refuse_to_replace(path)
+    except FileExistsError as error:
+        raise FileExistsError(f"export_torchscript: {error}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"export_torchscript: cannot write into the directory {folder}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -20,6 +21,9 @@ from squish_nf4.torchscript.calls import Call, map_tensors
 from squish_nf4.torchscript.refusals import TorchScriptError
 from squish_nf4.torchscript.trial_program import Leaves
 
+# Isolated (-I), Python looks into neither the working directory nor PYTHONPATH; the same torch is found all the same.
+START = "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); exec(sys.argv.pop(1))"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -32,6 +36,17 @@ class Trial:
 
     operators: tuple[str, ...]
     outputs: list[Leaves | str]
+
+
+def search_path() -> list[str]:
+    """Where this process finds its torch, without the working directory and the folder of the user's program.
+
+    A file there may have the name of a module that torch imports; nothing of the user's is needed to run the file.
+    """
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    own = {os.getcwd(), *([os.path.dirname(os.path.realpath(main))] if main else [])}
+    of_torch = os.path.dirname(os.path.dirname(os.path.realpath(torch.__file__)))
+    return [path for path in map(os.path.realpath, filter(None, sys.path)) if path == of_torch or path not in own]
 
 
 def try_in_fresh_process(file: Path, calls: Sequence[Call]) -> Trial:
@@ -50,12 +65,12 @@ def try_in_fresh_process(file: Path, calls: Sequence[Call]) -> Trial:
     }
     plain_calls = [map_tensors(call, lambda t: t, named=False) for call in calls]  # as its classes are unknown there
     program = Path(trial_program.__file__).read_text()
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the same torch
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         tasks, results = Path(folder, "tasks"), Path(folder, "results")
         torch.save({"calls": plain_calls, **settings}, tasks)
-        command = [sys.executable, "-W", "ignore", "-c", program, library_path(), str(file), str(tasks), str(results)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
+        arguments = [json.dumps(search_path()), program, library_path(), str(file), str(tasks), str(results)]
+        command = [sys.executable, "-I", "-W", "ignore", "-c", START, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode != 0:
             said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             raise TorchScriptError(

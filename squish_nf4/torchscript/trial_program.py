@@ -1,6 +1,6 @@
 """The program of the fresh process in which an exported file is tried: torch and the op library, nothing of squish_nf4.
 
-trial.py reads this file as text and starts it as ``python -c``, so it imports nothing of the package. A C++ program
+trial.py reads this file as text and has a fresh Python execute it, so it imports nothing of the package. A C++ program
 does the same four things: it loads the op library, loads the file, calls it, and looks at the results.
 """
 

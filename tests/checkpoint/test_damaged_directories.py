@@ -139,7 +139,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a negative shape": (replace("a__weight__shape", np.array([-6, -32])), "is not the shape of 192 values"),
     "a shape of floats": (replace("a__weight__shape", np.array([6.0, 32.0])), "is not the shape of 192 values"),
     "a shape in 2-D": (replace("a__weight__shape", np.array([[6, 32]])), "is not the shape of 192 values"),
-    "a shape of 65": (replace("a__weight__shape", np.array([192] + [1] * 64)), "is not the shape of 192 values"),
+    "a shape of 65": (
+        replace("a__weight__shape", np.array([192] + [1] * 64)),
+        "says 65 dimensions; at most 64 are read",
+    ),
     "a shape beyond int64": (
         replace("a__weight__shape", np.array([2**63, 2], np.uint64)),
         "is not the shape of 192 values",
@@ -260,7 +263,7 @@ TERABYTES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "as the length of the shape": (
         lambda f: sparse(f / "a__weight__shape.npy", npy(header("<i8", f"({2**37},)")), TERABYTE),
-        "a__weight__shape.npy is not the shape of 192 values",
+        f"a__weight__shape.npy says {2**37} dimensions; at most 64 are read",
     ),
 }
 

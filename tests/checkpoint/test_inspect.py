@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -363,3 +364,15 @@ def test_a_damaged_directory_is_refused(made: tuple[Path, Path], tmp_path: Path)
     (path / "tensors" / "stack__nf4.npy").write_bytes(b"")
     with pytest.raises(ValueError, match=r"stack__nf4.npy is no .npy file"):
         inspect(path)
+
+
+def test_a_page_replaces_a_regular_file_alone(made: tuple[Path, Path], tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path, kind in ((pipe, "a pipe"), (Path("/dev/full"), "a device"), (tmp_path, "a directory")):
+        before = path.stat()
+        done = invoke(made[0], "--html", path)
+        assert done.exit_code == 1
+        assert done.stderr == f"squish-nf4: {path} is {kind}; only a regular file is replaced\n"
+        assert (path.stat().st_ino, path.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import squish_nf4
 from squish_nf4 import NF4Linear, convert, load_into, load_npy_dir
 from squish_nf4.checkpoint import resources
-from squish_nf4.torchscript.comparison import have_same_bits
 from tests.support.directories import allocating_at_most, compress, minilm_directory, write_foreign_dir
 from tests.support.helpers import require, require_transformers
+from tests.support.loading import assert_unchanged, converted, on_meta, state_of
 from tests.support.models import Llama
 
 
@@ -39,36 +39,9 @@ class Small(nn.Module):
         return self.norm(self.up(self.embed(ids)))
 
 
-def converted(model: nn.Module, path: Path, **options: object) -> Path:
-    """A directory made of the model's state."""
-    state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    save_file(state, path.with_suffix(".safetensors"))
-    convert(path.with_suffix(".safetensors"), path, outlier_threshold=float("inf"), **options)  # type: ignore[arg-type]
-    return path
-
-
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.device("meta"):
-        return make()
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     return converted(Small(), tmp_path / "small")
-
-
-def state_of(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-    """Which objects a model holds and their values; meta tensors by their identity alone."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: (id(t), t.detach() if t.is_meta else t.detach().clone()) for name, t in tensors.items()}
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, tuple[int, Tensor]]) -> None:
-    after = state_of(model)
-    assert after.keys() == before.keys()
-    for name, (identity, values) in after.items():
-        assert identity == before[name][0], name
-        assert values.is_meta or have_same_bits(values, before[name][1]), name
 
 
 @pytest.mark.parametrize("make", [Small, lambda: on_meta(Small)], ids=["in memory", "on meta"])

@@ -5,13 +5,20 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import resource
+import struct
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
+from squish_nf4.checkpoint.conversion.convert import convert
+from squish_nf4.checkpoint.directory.npy_header import npy_header
+from squish_nf4.checkpoint.directory.reader import load_npy_dir
 from squish_nf4.checkpoint.source import shard_file, tied
 from squish_nf4.checkpoint.source.shards import DTYPES, Entry, open_source, read_values
 from tests.support.directories import gaussian, raw_shard, save_index, save_shard
@@ -336,6 +343,29 @@ def test_small_files_are_found_and_the_rest_is_noted_or_hidden(tmp_path, monkeyp
         "not copied: loop (not a file, or a link to a folder)",
         "not copied: 2_Dense/model.safetensors (weights outside the converted shards)",
     ]
+
+
+@pytest.mark.parametrize("shape", [[1] * 63 + [4, 8], [1] * 66], ids=["in NF4", "kept"])
+def test_more_dimensions_than_a_reader_takes_are_refused_before_anything_is_written(
+    tmp_path: Path, shape: list[int]
+) -> None:
+    nbytes = 4 * math.prod(shape)
+    header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, nbytes]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(nbytes))
+    with pytest.raises(ValueError, match=rf"tensor 'a' in x.safetensors has {len(shape)} dimensions; .* at most 64"):
+        convert(tmp_path / "x.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=f"an array of {len(shape)} dimensions cannot be stored; at most 64 can"):
+        npy_header(np.dtype(np.float32), shape)
+
+
+def test_sixty_four_dimensions_are_written_and_read(tmp_path: Path) -> None:
+    w = torch.arange(32.0).reshape(*[1] * 62, 4, 8)
+    save_shard(tmp_path / "x.safetensors", {"a": w, "ids": w.long()})
+    convert(tmp_path / "x.safetensors", tmp_path / "out")
+    assert load_npy_dir(tmp_path / "out")["a"].shape == w.shape
+    assert torch.equal(load_npy_dir(tmp_path / "out")["ids"], w.long())
 
 
 def test_the_index_is_not_a_small_file(tmp_path):

@@ -70,6 +70,19 @@ def test_the_program_of_the_docs_prints_what_they_say(program: Path, tmp_path: P
     assert f"prints `{run([tmp_path / 'app']).stdout.strip()}`" in text
 
 
+def test_a_c_program_passes_under_the_undefined_behaviour_sanitizer(tmp_path: Path) -> None:
+    """It reports a value that is read or written at an address that does not fit its type."""
+    sanitize = "-fsanitize=undefined -fno-sanitize-recover=all"
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}")
+    linked = run(["c++", *sanitize.split(), str(probe), "-o", str(tmp_path / "probe")])
+    require("sanitizers", linked.returncode == 0, f"c++ does not link the sanitizers: {linked.stderr[-300:]}")
+    folder = build(tmp_path, f"-DCMAKE_CXX_FLAGS={sanitize}")
+    done = run([compile_program(folder, "cc", *sanitize.split())])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() in ISAS
+
+
 def test_a_path_that_is_unknown_is_a_status(program: Path) -> None:
     done = run([program], SQUISH_NF4_ISA="sse9")
     assert done.returncode == 3, done.stderr

@@ -388,6 +388,49 @@ def check_non_finite_activations(isa: str, m: int, dtype: torch.dtype, d: int) -
         assert torch.equal(y[:m], clean[:m])
 
 
+def test_one_activation_near_the_end_of_the_range_is_multiplied_exactly(forced_isa: ForcedIsa) -> None:
+    """AVX2 multiplies few activations as integers, in units of the largest: that one would be all that is left."""
+    forced_isa(check_large_activations, forced_isa.isa)
+
+
+def check_large_activations(isa: str) -> None:
+    assert _C.cpu_isa() == isa
+    rng = np.random.default_rng(10)
+    packed, scales, decoded = packed_weight(rng, 70, 128, 64)
+    packed[:, 2] = (packed[:, 2] & 0x0F) | 0x70  # column 5 has the level 0: the others show
+    scales, decoded = scales * 2.0**-60, decoded * 2.0**-60
+    decoded[:, 5] = 0
+    for largest in (1e38, 3e38):
+        for others in (largest / 2**16, largest / 64):
+            x = torch.from_numpy(rng.standard_normal((2, 128), dtype=np.float32) * np.float32(others)).bfloat16()
+            x[1, 5] = largest
+            y = OPS.linear_nf4(x, packed, scales, None, 64)
+            exact = exact_linear(x, decoded, None)
+            for row in range(2):
+                assert relative(y[row], exact[row]) < 5e-3, (largest, others, row)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_subnormal_activations_count_where_the_process_flushes_them(forced_isa: ForcedIsa, dtype: torch.dtype) -> None:
+    forced_isa(check_subnormal_activations, forced_isa.isa, dtype)
+
+
+def check_subnormal_activations(isa: str, dtype: torch.dtype) -> None:
+    assert _C.cpu_isa() == isa
+    packed = torch.full((8, 32), 0xFF, dtype=torch.uint8)  # every level is 1
+    scales = torch.full((8, 1), 2.0**100)
+    x = torch.full((1, 64), 2.0**-130).to(dtype)  # exact in bfloat16
+    expected = OPS.linear_nf4(x, packed, scales, None, 64)
+    assert torch.set_flush_denormal(True)
+    try:
+        y = OPS.linear_nf4(x, packed, scales, None, 64)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y, expected)
+    if isa != "avx512_bf16" or dtype == torch.float32:  # whose instruction takes them as zero
+        assert torch.equal(y, torch.full((1, 8), 2.0**-24).to(dtype))
+
+
 # --- bounded scratch --------------------------------------------------------------------------------------------------
 
 # Each case in a child of its own, for a process has one peak.

@@ -76,9 +76,38 @@ static void test_every_status(void) {
   CHECK(squish_nf4_dequantize(packed, NULL, N, D, GROUP, 0, N, 0, decoded) == SQUISH_NF4_NULL_POINTER);
   CHECK(squish_nf4_quantize(NULL, 0, 0, D, GROUP, 0, 0, NULL, NULL) == SQUISH_NF4_OK); /* nothing to do */
   CHECK(squish_nf4_quantize(NULL, 0, N, D, GROUP, 2, 2, NULL, NULL) == SQUISH_NF4_OK);
-  for (status = SQUISH_NF4_OK; status <= SQUISH_NF4_BAD_ISA; ++status)
+  for (status = SQUISH_NF4_OK; status <= SQUISH_NF4_MISALIGNED; ++status)
     CHECK(strcmp(squish_nf4_message(status), "unknown status") != 0);
-  CHECK(strcmp(squish_nf4_message(SQUISH_NF4_BAD_ISA + 1), "unknown status") == 0);
+  CHECK(strcmp(squish_nf4_message(SQUISH_NF4_MISALIGNED + 1), "unknown status") == 0);
+}
+
+/* Values at every address: those that do not fit their type are refused, and nothing is written. */
+static void test_alignment(void) {
+  enum { ROOM = 4 * sizeof(double) };
+  const int32_t sizes[] = {4, 2, 2, 8};
+  double dense[4 + 1] = {0}, scale[1 + 1] = {0};
+  uint8_t bytes[2];
+  int32_t dtype, shift;
+  for (dtype = SQUISH_NF4_FLOAT32; dtype <= SQUISH_NF4_FLOAT64; ++dtype)
+    for (shift = 0; shift < 8; ++shift) {
+      char* w_at = (char*)dense + shift;
+      float* scale_at = (float*)(void*)((char*)scale + shift);
+      const int32_t of_w = shift % sizes[dtype] == 0 ? SQUISH_NF4_OK : SQUISH_NF4_MISALIGNED;
+      const int32_t of_scale = shift % 4 == 0 ? SQUISH_NF4_OK : SQUISH_NF4_MISALIGNED;
+      bytes[1] = 0xab;
+      CHECK(squish_nf4_quantize(w_at, dtype, 1, 4, 4, 0, 1, bytes, (float*)scale) == of_w);
+      CHECK((bytes[1] == 0xab) == (of_w != SQUISH_NF4_OK));
+      CHECK(squish_nf4_quantize(dense, dtype, 1, 4, 4, 0, 1, bytes, scale_at) == of_scale);
+      if (dtype == SQUISH_NF4_FLOAT64) continue;
+      CHECK(squish_nf4_dequantize(bytes, (float*)scale, 1, 4, 4, 0, 1, dtype, w_at) == of_w);
+      CHECK(squish_nf4_dequantize(bytes, scale_at, 1, 4, 4, 0, 1, dtype, dense) == of_scale);
+      memset(dense, 0, ROOM);
+    }
+  for (shift = 0; shift < 8; ++shift) { /* only read, at any address */
+    const float not_a_number = NAN;
+    memcpy((char*)scale + shift, &not_a_number, sizeof not_a_number);
+    CHECK(squish_nf4_first_non_finite((float*)(void*)((char*)scale + shift), 1) == 0);
+  }
 }
 
 int main(void) {
@@ -97,6 +126,7 @@ int main(void) {
   test_ranges_of_rows_make_the_whole();
   test_non_finite_groups_are_found();
   test_every_status();
+  test_alignment();
   puts(squish_nf4_isa());
   return 0;
 }

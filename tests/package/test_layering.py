@@ -50,7 +50,7 @@ PACKAGE_ROOMS: dict[str, set[str]] = {
         *("checkpoint.directory", "checkpoint.conversion", "checkpoint.loading", "checkpoint.audit"),
     },
 }
-OPERATORS = {"_version", "_build_info", "_native", "_C", "layout", "ops", "vmap", "flops", "decompositions"}
+OPERATORS = {"_version", "_build_info", "_native", "_C", "layout", "replace", "ops", "vmap", "flops", "decompositions"}
 MODEL = {"choose", "model"}
 FACE = {"__init__", "checkpoint.__init__"}  # what they import is imported when it is asked for, or is all below
 COMMAND_LINE_ONLY = {"typer", "rich", "click", "matplotlib", "sentence_transformers", "transformers"}

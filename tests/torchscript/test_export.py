@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -300,6 +303,55 @@ def test_other_results_than_eagers_are_an_error_and_the_old_file_stays(tmp_path:
     ):
         export_torchscript(Random().eval(), path, torch.zeros(99), overwrite=True)
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_fresh_process_executes_nothing_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a module of Python's nor one that torch looks for, in the working directory or on PYTHONPATH."""
+    for name in ("uuid", "json", "networkx", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert export_torchscript(NF4Linear(64, 8).eval(), "m.pt", torch.randn(2, 64)).same_bits
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device"])
+def test_only_a_regular_file_is_replaced(tmp_path: Path, kind: str) -> None:
+    path, link = tmp_path / "m.pt", tmp_path / "link.pt"
+    with socket.socket(socket.AF_UNIX) as listening:
+        if kind == "a pipe":
+            os.mkfifo(path)
+        elif kind == "a socket":
+            listening.bind(str(path))
+        else:
+            path = Path("/dev/full")
+        before = path.stat()
+        link.symlink_to(path)
+        for given in (path, link):
+            with pytest.raises(FileExistsError, match=rf"^export_torchscript: {given} is {kind}; only a regular file"):
+                export_torchscript(NF4Linear(64, 8).eval(), given, overwrite=True)
+        assert (path.stat().st_ino, path.stat().st_mode) == (before.st_ino, before.st_mode)
+
+
+@pytest.mark.usefixtures("here")
+def test_what_becomes_a_device_during_the_export_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.pt"
+
+    def make_a_pipe(file: Path, calls: Sequence[Call]) -> Trial:
+        os.mkfifo(path)
+        return run_here(file, calls)
+
+    monkeypatch.setattr(torchscript, "try_in_fresh_process", make_a_pipe)
+    with pytest.raises(FileExistsError, match=r"m\.pt is a pipe; only a regular file is replaced"):
+        export_torchscript(NF4Linear(64, 8).eval(), path, overwrite=True)
+    assert path.is_fifo()
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from squish_nf4.checkpoint.audit.compare import Differences, compare_arrays, compare_nf4
 from squish_nf4.checkpoint.directory.reader import open_directory
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
-from squish_nf4.checkpoint.messages import Progress, shorten
+from squish_nf4.checkpoint.messages import Progress, shorten, visible
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def diff(
     for name in both:
         if progress:
             progress(Progress(name, done, total))
-        found = diff_tensor(name, first.tensors[name], second.tensors[name])
+        with first.snapshot.held(), second.snapshot.held():
+            found = diff_tensor(name, first.tensors[name], second.tensors[name])
         done += first.tensors[name].nbytes
         if found.form or found.differences:
             different.append(found)
@@ -101,7 +102,7 @@ def diff_tensor(name: str, a: StoredTensor, b: StoredTensor) -> TensorDiff:
             return TensorDiff(name, None, compare_nf4(a.load_nf4(), b.load_nf4(), a.shape))
         return TensorDiff(name, None, compare_arrays(a.kept(), b.kept()))
     except ValueError as error:
-        raise ValueError(f"tensor {shorten(name)}: {error}") from error
+        raise ValueError(f"tensor {shorten(name)}: {visible(str(error))}") from error
 
 
 def form_of(tensor: StoredTensor) -> str:

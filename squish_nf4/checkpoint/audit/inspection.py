@@ -16,6 +16,7 @@ from torch import Tensor
 from squish_nf4.checkpoint.audit.measure import Basis, Nf4Numbers, measure
 from squish_nf4.checkpoint.directory.format import ENDS, TENSORS
 from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_directory
+from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
 from squish_nf4.checkpoint.messages import Progress, shorten
 from squish_nf4.checkpoint.source.shard_file import opened_shard
 from squish_nf4.checkpoint.source.shards import Entry, open_source
@@ -231,10 +232,15 @@ def in_directory(directory: SquishDirectory, file_name: str | None = None) -> Co
             bits_per_weight=tensor.bits_per_weight,
         )
         if tensor.kind == "nf4" and not tied:
-            contents.loads[name] = tensor.load_nf4
+            contents.loads[name] = partial(load_unchanged, directory, tensor)
         if isinstance(error, int | float):
             contents.recorded[name] = float(error)
     return contents
+
+
+def load_unchanged(directory: SquishDirectory, tensor: StoredTensor) -> tuple[Array, Array]:
+    with directory.snapshot.held():
+        return tensor.load_nf4()
 
 
 def in_safetensors(path: Path) -> Contents:

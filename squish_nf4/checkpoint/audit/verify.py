@@ -16,7 +16,7 @@ from squish_nf4.checkpoint.directory.format import SIDECAR
 from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_leniently
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
 from squish_nf4.checkpoint.files import inside, require_file, sha256_of
-from squish_nf4.checkpoint.messages import Progress, listed, shorten
+from squish_nf4.checkpoint.messages import Progress, listed, shorten, visible
 from squish_nf4.checkpoint.source.shards import Source, open_source
 
 
@@ -83,6 +83,10 @@ def verify(
         report.problems.append(str(error))
     else:
         check_all(directory, original, report, progress or (lambda _: None))
+        try:
+            directory.snapshot.require_unchanged()
+        except ValueError as error:
+            report.problems.append(str(error))
     report.seconds = time.perf_counter() - started
     return report
 
@@ -131,7 +135,7 @@ def check_copied(directory: SquishDirectory, report: VerifyReport) -> None:
             require_checksum(require_file(path, root), entry)
             report.checksums += 1
         except (ValueError, OSError) as error:
-            report.problems.append(str(error))
+            report.problems.append(visible(str(error)))
 
 
 def check_tensor(directory: SquishDirectory, tensor: StoredTensor, report: VerifyReport) -> None:
@@ -153,7 +157,7 @@ def check_tensor(directory: SquishDirectory, tensor: StoredTensor, report: Verif
             if file.compressed:
                 file.load()
         except (ValueError, OSError) as error:
-            report.problems.append(f"tensor {shorten(tensor.name)}: {error}")
+            report.problems.append(f"tensor {shorten(tensor.name)}: {visible(str(error))}")
     if tensor.kind == "nf4":
         check_scales(tensor, report)
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from squish_nf4.checkpoint.values import MOST_DIMENSIONS
+
 MAGIC = b"\x93NUMPY"
 
 LONGEST_HEADER = 4096  # bytes; numpy pads to 64 or 128
-
-MOST_DIMENSIONS = 64  # numpy's own limit
 
 FIELDS = {"descr", "fortran_order", "shape"}
 
@@ -102,7 +102,9 @@ def parse_shape(text: str) -> tuple[int, ...]:
     if not SHAPE.fullmatch(text):
         raise ValueError(f"has a header whose shape is {text[:80]}")
     numbers = re.findall(r"\d+", text)
-    if len(numbers) > MOST_DIMENSIONS or max(map(len, numbers), default=0) > 19:
+    if len(numbers) > MOST_DIMENSIONS:
+        raise ValueError(f"declares {len(numbers)} dimensions; at most {MOST_DIMENSIONS} are read")
+    if max(map(len, numbers), default=0) > 19:
         raise ValueError(f"declares the shape {text[:80]}, which no array can have")
     return tuple(int(number) for number in numbers)
 
@@ -124,7 +126,9 @@ def parse_dtype(text: str) -> np.dtype[np.generic]:
 
 
 def npy_header(dtype: np.dtype[np.generic], shape: Sequence[int]) -> bytes:
-    """The bytes that numpy.save writes before the values."""
+    """The bytes that numpy.save writes before the values. ValueError: no reader would take so many dimensions."""
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"an array of {len(shape)} dimensions cannot be stored; at most {MOST_DIMENSIONS} can")
     header = io.BytesIO()
     description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}
     np.lib.format.write_array_header_1_0(header, description)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from squish_nf4.checkpoint.directory.npy_header import Header, read_header
+from squish_nf4.checkpoint.files import Identity, identity_of
+from squish_nf4.checkpoint.messages import shown
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.checkpoint.values import Array
 
@@ -31,12 +33,17 @@ class NpyFile:
 
     path: Path
     header: Header
-    nbytes: int  # of the file
+    identity: Identity
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
         """The dtype of what load() gives: that of the header, in native byte order."""
         return self.header.dtype.newbyteorder("=")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self.identity[2]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,21 +60,16 @@ class NpyFile:
             ValueError: the file is damaged or has changed, or there is not enough memory.
         """
         with opened(self.path) as file:
+            if identity_of(os.fstat(file.fileno())) != self.identity:
+                raise ValueError("has changed since it was opened")
             if is_zst(self.path):
                 return self.in_native_form(self.decompress(ZstStream(file)))
-            self.require_unchanged(read_header(file.read))
-            if os.fstat(file.fileno()).st_size != self.nbytes:
-                raise ValueError("has changed while it was read")
             if not self.header.size:
                 return np.empty(self.shape, self.dtype)
             return self.in_native_form(map_privately(file, self.nbytes)[self.header.start :])
 
-    def require_unchanged(self, header: Header) -> None:
-        if header != self.header:
-            raise ValueError("has changed while it was read")
-
     def decompress(self, stream: ZstStream) -> Array:
-        self.require_unchanged(read_header(stream.read))
+        read_header(stream.read)
         require_memory(self.header.nbytes, "decompressed, it")
         raw = np.empty(self.header.nbytes, np.uint8)
         done = 0
@@ -102,13 +104,14 @@ def open_npy(path: Path) -> NpyFile:
     with opened(path) as file:
         compressed = is_zst(path)
         header = read_header(ZstStream(file).read if compressed else file.read)
-        size = os.fstat(file.fileno()).st_size
+        identity = identity_of(os.fstat(file.fileno()))
+        size = identity[2]
         wanted = header.start + header.nbytes
         if not compressed and wanted != size:
             raise ValueError(f"declares {header}, which makes a file of {wanted} bytes, and has {size}")
         if wanted > size // SMALLEST_ZSTD_BLOCK * ZSTD_BLOCK:
             raise ValueError(f"declares {header}, {header.nbytes} bytes, more than {size} bytes can be compressed from")
-        return NpyFile(path, header, size)
+        return NpyFile(path, header, identity)
 
 
 def map_privately(file: BinaryIO, n_bytes: int) -> Array:
@@ -128,11 +131,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield file
     except ImportError as error:
-        raise ImportError(f"{path} {error}") from None
+        raise ImportError(f"{shown(path)} {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
+        raise ValueError(f"{shown(path)} {error}") from error
     except (OSError, MemoryError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{shown(path)} cannot be read: {error}") from error
 
 
 def is_zst(path: Path) -> bool:

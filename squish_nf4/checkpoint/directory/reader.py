@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from squish_nf4.checkpoint.directory.format import MANIFEST, READY, SIDECAR, TENSORS
+from squish_nf4.checkpoint.directory.snapshot import Snapshot
 from squish_nf4.checkpoint.directory.stored_tensor import Folder, StoredTensor, open_tensor
 from squish_nf4.checkpoint.directory.tables import Records, find_owners, read_manifest, read_sidecar
-from squish_nf4.checkpoint.messages import listed, shorten
+from squish_nf4.checkpoint.messages import listed, shorten, shown
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.checkpoint.values import WIDENED, dtype_name, dtype_named
 
@@ -31,7 +32,7 @@ class SquishDirectory:
 
     tensors: by name, in the order of the manifest; tied names have one and the same StoredTensor. records: what
     squish_nf4.json says of each tensor, None without it. copied: what it says of the small files, unchecked. unclaimed:
-    files with our suffixes that belong to no tensor.
+    files with our suffixes that belong to no tensor. snapshot: whether it is still there.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class SquishDirectory:
     records: Records | None
     copied: Any
     unclaimed: tuple[str, ...]
+    snapshot: Snapshot
 
     @property
     def owned(self) -> list[StoredTensor]:
@@ -86,8 +88,8 @@ def load_npy_dir(
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ValueError: the directory is unfinished or damaged, holds a tensor in a form this library does not read or a
-            value that dtype cannot hold, or takes more memory than there is.
+        ValueError: the directory is unfinished or damaged, was changed while it was read, holds a tensor in a form
+            this library does not read or a value that dtype cannot hold, or takes more memory than there is.
         TypeError: dtype is not a floating-point type.
     """
     directory, dtypes = open_with_dtypes(path, dtype)
@@ -120,6 +122,10 @@ def open_with_dtypes(
 
 
 def read_all(directory: SquishDirectory, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
+    def read(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+        with directory.snapshot.held():
+            return stored.read(dtype)
+
     uses = Counter(tensor.name for tensor in directory.tensors.values())
     shared: dict[str, Tensor] = {}
     for name, stored in directory.tensors.items():
@@ -127,10 +133,10 @@ def read_all(directory: SquishDirectory, dtypes: Mapping[str, torch.dtype]) -> I
         if stored.name in shared:
             yield name, shared[stored.name] if uses[stored.name] else shared.pop(stored.name)
         elif uses[stored.name]:
-            shared[stored.name] = stored.read(dtypes[name])
+            shared[stored.name] = read(stored, dtypes[name])
             yield name, shared[stored.name]
         else:
-            yield name, stored.read(dtypes[name])
+            yield name, read(stored, dtypes[name])
 
 
 def open_directory(path: str | os.PathLike[str]) -> SquishDirectory:
@@ -152,10 +158,16 @@ def open_leniently(path: str | os.PathLike[str], complain: Callable[[ValueError]
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ValueError: it is unfinished, or a table cannot be read.
+        ValueError: it is unfinished, a table cannot be read, or it was changed meanwhile.
     """
     path = Path(path)
+    snapshot = Snapshot(path)
     require_finished(path)
+    with snapshot.held():
+        return open_all(path, complain, snapshot)
+
+
+def open_all(path: Path, complain: Callable[[ValueError], None], snapshot: Snapshot) -> SquishDirectory:
     manifest = read_manifest(path)
     sidecar = read_sidecar(path)
     records: Records | None = sidecar and sidecar["tensors"]
@@ -177,7 +189,7 @@ def open_leniently(path: str | os.PathLike[str], complain: Callable[[ValueError]
             text = f"{path / TENSORS} holds files of no tensor that {MANIFEST} names: {listed(unclaimed)}"
             complain(ValueError(text))
     tensors = {name: stored[owner] for name, owner in owners.items() if owner in stored}
-    return SquishDirectory(path, tensors, records, sidecar and sidecar.get("copied"), tuple(unclaimed))
+    return SquishDirectory(path, tensors, records, sidecar and sidecar.get("copied"), tuple(unclaimed), snapshot)
 
 
 def require_finished(path: Path) -> None:
@@ -200,7 +212,7 @@ def require_recorded(path: Path, tensor: StoredTensor, record: Mapping[str, Any]
     if recorded is not None and recorded != sizes:
         wrong = min(file for file in recorded.keys() | sizes if recorded.get(file) != sizes.get(file))
         text = f"has {sizes.get(wrong, 'no')} bytes; {SIDECAR} records {recorded.get(wrong, 'no such file')}"
-        raise ValueError(f"tensor {name}: {path / TENSORS / wrong} {text}")
+        raise ValueError(f"tensor {name}: {shown(path / TENSORS / wrong)} {text}")
 
 
 def recorded_files(record: Mapping[str, Any]) -> dict[str, Any] | None:

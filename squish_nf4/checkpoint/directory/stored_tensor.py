@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from squish_nf4.checkpoint.directory.format import ENDS, SUFFIXES
-from squish_nf4.checkpoint.directory.npy_header import MOST_DIMENSIONS
 from squish_nf4.checkpoint.directory.npy_reader import NpyFile, open_npy
 from squish_nf4.checkpoint.files import refuse_outside, require_file
-from squish_nf4.checkpoint.messages import shorten
+from squish_nf4.checkpoint.messages import shorten, visible
 from squish_nf4.checkpoint.resources import require_memory
-from squish_nf4.checkpoint.values import WIDENED, Array, dtype_name
+from squish_nf4.checkpoint.values import MOST_DIMENSIONS, WIDENED, Array, dtype_name
 from squish_nf4.layout import stored_bits_per_weight
 from squish_nf4.ops import COMPUTE_DTYPES, dequantize_nf4
 
@@ -142,7 +141,7 @@ class StoredTensor:
             require_memory(self.bytes_as(dtype), f"in {dtype_name(dtype)}, it")
             return (self.decode(dtype) if self.kind == "nf4" else self.cast(dtype)).reshape(self.shape)
         except ValueError as error:
-            raise ValueError(f"tensor {shorten(self.name)}: {error}") from error
+            raise ValueError(f"tensor {shorten(self.name)}: {visible(str(error))}") from error
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """A tensor in NF4 as a matrix of values, decoded some rows at a time unless dtype is float32."""
@@ -209,9 +208,9 @@ def open_tensor(folder: Folder, name: str, key: str) -> StoredTensor:
         require_torch_dtype(tensor)
         return tensor
     except ImportError as error:
-        raise ImportError(f"tensor {shorten(name)}: {error}") from None
+        raise ImportError(f"tensor {shorten(name)}: {visible(str(error))}") from None
     except ValueError as error:
-        raise ValueError(f"tensor {shorten(name)}: {error}") from error
+        raise ValueError(f"tensor {shorten(name)}: {visible(str(error))}") from error
 
 
 def find_files(folder: Folder, key: str) -> dict[str, NpyFile]:
@@ -256,8 +255,10 @@ def read_shape(folder: Folder, key: str, files: dict[str, NpyFile]) -> tuple[int
     if file is None:
         return shape
     files["__shape"] = file
+    if len(file.shape) == 1 and file.shape[0] > MOST_DIMENSIONS:
+        raise ValueError(f"{file.path} says {file.shape[0]} dimensions; at most {MOST_DIMENSIONS} are read")
     sizes: Any = [-1]
-    if len(file.shape) == 1 and file.shape[0] <= MOST_DIMENSIONS and file.dtype.kind in "iu":
+    if len(file.shape) == 1 and file.dtype.kind in "iu":
         sizes = file.load().tolist()
     if min(sizes, default=0) < 0 or math.prod(sizes) != math.prod(shape):
         raise ValueError(f"{file.path} is not the shape of {math.prod(shape)} values")

@@ -12,6 +12,7 @@ from typing import Any
 from squish_nf4.checkpoint.directory.format import MANIFEST, SIDECAR, check_key
 from squish_nf4.checkpoint.files import parse_json, removed_on_error, require_file, sync
 from squish_nf4.checkpoint.messages import listed, shorten
+from squish_nf4.replace import refuse_to_replace
 
 LARGEST_TABLE = 2**29  # bytes; a record of squish_nf4.json takes about 700
 
@@ -96,7 +97,8 @@ def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_table(file: Path, table: Mapping[str, Any], draft: Path) -> None:
-    """A JSON object in ASCII, whole or not at all: until it is, it is called draft."""
+    """A JSON object in ASCII, whole or not at all: until it is, it is called draft. OSError: file is a pipe, say."""
+    refuse_to_replace(file)
     with removed_on_error(draft):
         with draft.open("x", encoding="ascii") as writer:  # bit by bit: as one text it would be larger than the table
             writer.writelines(json.JSONEncoder(indent=2, ensure_ascii=True, allow_nan=False).iterencode(table))

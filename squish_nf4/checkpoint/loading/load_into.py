@@ -1,6 +1,7 @@
 """load_into: a squish directory into a model, what is in NF4 as NF4.
 
-First everything is checked and made ready, then the model is changed, by steps that do not fail.
+First everything is checked and made ready. Then the model is changed: layers and tensors are put in their places, which
+is taken back if one fails, and last values are written into the memory that is there.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_directo
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
 from squish_nf4.checkpoint.loading.slots import (
     Filling,
+    Replacement,
     Slot,
     Step,
     describe_misfit,
     have_same_values,
     missing_and_extra,
     slots_of,
+    take_all_or_none,
 )
-from squish_nf4.checkpoint.messages import listed
+from squish_nf4.checkpoint.messages import listed, shown, visible
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.choose import Candidate, replaceable
 
@@ -52,10 +55,10 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.nf4)} weights in NF4, {len(self.decoded)} decoded, {len(self.kept)} kept tensors"]
-        lines += [f"decoded: {name}: {reason}" for name, reason in self.decoded.items()]
-        lines += [f"missing: {name}" for name in self.missing]
-        lines += [f"not in the model: {name}" for name in self.extra]
-        lines += [f"on meta and in no checkpoint, build it again: {name}" for name in self.on_meta]
+        lines += [f"decoded: {shown(name)}: {visible(reason)}" for name, reason in self.decoded.items()]
+        lines += [f"missing: {shown(name)}" for name in self.missing]
+        lines += [f"not in the model: {shown(name)}" for name in self.extra]
+        lines += [f"on meta and in no checkpoint, build it again: {shown(name)}" for name in self.on_meta]
         return "\n".join(lines)
 
 
@@ -79,7 +82,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     Raises:
         FileNotFoundError: there is no such directory.
         TypeError: the model is no module, or is or holds a ScriptModule.
-        ValueError: the directory is damaged, or a name, shape, dtype or value does not fit. The model is as it was.
+        ValueError: the directory is damaged or was changed while it was read, or a name, shape, dtype or value does
+            not fit. The model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_into: model must be an nn.Module, got {type(model).__name__}")
@@ -91,12 +95,14 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     if strict and (missing or extra):
         raise ValueError(f"load_into: {directory.path} does not fit the model: {describe_misfit(missing, extra)}")
     try:
-        fillings = pair(model, slots, directory)
-        steps = prepare(fillings)
+        with directory.snapshot.held():
+            fillings = pair(model, slots, directory)
+            replacements, fills = prepare(fillings)
     except ValueError as error:
         raise ValueError(f"load_into: {error} (the model was not changed)") from error
-    for step in steps:
-        step()
+    take_all_or_none(replacements)
+    for fill in fills:
+        fill()
     filled = {filling.slot.name for filling in fillings}
     return LoadReport(
         nf4=tuple(filling.slot.name for filling in fillings if filling.stays_nf4),
@@ -159,19 +165,32 @@ def reason_to_decode(
         else:
             default = "it is not the weight of an nn.Linear"
         return next((dense[name] for name in slot.names if name in dense), default)
-    return None if stored.matrix_shape == slot.shape else f"stored in rows of {stored.matrix_shape[1]}"
+    if stored.matrix_shape != slot.shape:
+        return f"stored in rows of {stored.matrix_shape[1]}"
+    return next(filter(None, (reason_in_layer(candidate.module) for candidate in linears)), None)
 
 
-def prepare(fillings: list[Filling]) -> list[Step]:
-    """Reads everything. The steps that replace layers come last: a new layer takes a bias that has been filled."""
+def reason_in_layer(linear: nn.Linear) -> str | None:
+    """Why no NF4Linear can be made of this layer's own sizes and bias."""
+    if (linear.out_features, linear.in_features) != tuple(linear.weight.shape):
+        return f"its layer says ({linear.out_features}, {linear.in_features}), and the weight has another shape"
+    return None if "bias" in linear._parameters else "the bias of its layer is no parameter"
+
+
+def prepare(fillings: list[Filling]) -> tuple[list[Replacement], list[Step]]:
+    """Reads everything: what is to be replaced, and the steps that write into memory. Replaced layers come last: a new
+    layer takes the bias that is there then."""
     require_memory(sum(filling.memory for filling in fillings), "what is to be loaded")
     uses = Counter(filling.stored.name for filling in fillings if not filling.stays_nf4)
-    steps: list[Step] = []
+    replacements: list[Replacement] = []
+    fills: list[Step] = []
     with torch.inference_mode(False), torch.no_grad():
         for filling in fillings:
-            if not filling.stays_nf4:
-                steps.append(filling.dense_step(shared=uses[filling.stored.name] > 1))
+            if filling.in_place:
+                fills.append(filling.fill())
+            elif not filling.stays_nf4:
+                replacements += filling.assignments(shared=uses[filling.stored.name] > 1)
         for filling in fillings:
             if filling.stays_nf4:
-                steps += filling.nf4_steps()
-    return steps
+                replacements += filling.nf4_layers()
+    return replacements, fills

@@ -1,6 +1,6 @@
-"""The tensors that a model has room for, each once with all its names, and the steps that fill them.
+"""The tensors that a model has room for, each once with all its names, and what fills them.
 
-A Slot says where a tensor stands, a Filling what goes there. Nothing changes before a step is taken.
+A Slot says where a tensor stands, a Filling what goes there. Nothing changes before a step or a replacement is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor, as_torch
-from squish_nf4.checkpoint.messages import listed, shorten
+from squish_nf4.checkpoint.messages import listed, shorten, shown
 from squish_nf4.checkpoint.values import dtype_name
 from squish_nf4.choose import Candidate
 from squish_nf4.nn.linear import NF4Linear
@@ -82,7 +82,9 @@ def slots_of(model: nn.Module) -> list[Slot]:
                 continue
             name = f"{prefix}.{attribute}" if prefix else attribute
             if is_lazy(tensor):
-                raise ValueError(f"load_into: {name} of the model is not initialized yet: run the model once first")
+                raise ValueError(
+                    f"load_into: {shown(name)} of the model is not initialized yet: run the model once first"
+                )
             slot = slots.setdefault(id(tensor), Slot(tensor))
             slot.names.append(name)
             slot.places.append((module, attribute))
@@ -106,7 +108,28 @@ def describe_misfit(missing: list[str], extra: list[str]) -> str:
     return " and ".join(sides)
 
 
-Step = Callable[[], object]  # changes the model; everything that can fail has happened before
+Step = Callable[[], object]  # changes the model, or takes a change back
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Something put in the place of something else, and how that is taken back."""
+
+    take: Step
+    undo: Step
+
+
+def take_all_or_none(replacements: Sequence[Replacement]) -> None:
+    """A module of the model may refuse what it is given; then none of it is changed."""
+    taken: list[Replacement] = []
+    try:
+        for replacement in replacements:
+            taken.append(replacement)
+            replacement.take()
+    except BaseException:
+        for replacement in reversed(taken):
+            replacement.undo()
+        raise
 
 
 @dataclass(frozen=True)
@@ -162,44 +185,58 @@ class Filling:
         """Whether the model's own memory is written to."""
         return not self.stays_nf4 and not self.slot.tensor.is_meta
 
-    def nf4_steps(self) -> Iterator[Step]:
-        """Steps that give layers the bytes as they lie in the files; layers that the model ties share them."""
+    def nf4_layers(self) -> Iterator[Replacement]:
+        """Give layers the bytes as they lie in the files; layers that the model ties share them."""
         packed, scales = (as_torch(array).to(device_of(self.slot.tensor)) for array in self.stored.load_nf4())
         weight, group_size = PackedWeight(packed), self.stored.group_size or 1
         for layer in self.slot.nf4_layers:
-            yield partial(put, layer, weight, scales, group_size)
+            before = (layer.weight, layer.scales, layer.group_size)
+            yield Replacement(partial(put, layer, weight, scales, group_size), partial(put, layer, *before))
         for candidate in self.linears:
-            yield partial(replace, candidate, weight, scales, group_size)
+            layer = as_nf4(candidate.module, weight, scales, group_size)
+            yield Replacement(partial(place, candidate, layer), partial(put_back, candidate))
 
-    def dense_step(self, shared: bool) -> Step:
-        """The step that fills a dense tensor. shared: another one, not tied to it, is filled from the same files."""
+    def fill(self) -> Step:
+        """The step that writes a dense tensor into the model's memory."""
+        return partial(fill, self.slot.tensor, self.stored.read(self.dtype))
+
+    def assignments(self, shared: bool) -> Iterator[Replacement]:
+        """Give a dense tensor on meta its memory. shared: another one, not tied to it, has the same files."""
         value = self.stored.read(self.dtype)
-        if not self.slot.tensor.is_meta:
-            return partial(fill, self.slot.tensor, value)
         value = value.clone() if shared else value
         if isinstance(self.slot.tensor, nn.Parameter):
             value = nn.Parameter(value, requires_grad=self.slot.tensor.requires_grad)
-        return partial(assign, self.slot, value)
+        yield Replacement(partial(assign, self.slot, value), partial(assign, self.slot, self.slot.tensor))
 
 
 def device_of(tensor: Tensor) -> torch.device:
     return torch.device("cpu") if tensor.is_meta else tensor.device
 
 
-def put(layer: NF4Linear, weight: PackedWeight, scales: Tensor, group_size: int) -> None:
+def put(layer: NF4Linear, weight: Tensor, scales: Tensor, group_size: int) -> None:
     layer.weight, layer.scales, layer.group_size = weight, scales, group_size
 
 
-def replace(candidate: Candidate, weight: PackedWeight, scales: Tensor, group_size: int) -> None:
-    """Puts an NF4Linear in every place of a dense layer, with its bias, which has been filled before."""
-    linear = candidate.module
+def as_nf4(linear: nn.Linear, weight: PackedWeight, scales: Tensor, group_size: int) -> NF4Linear:
+    """An NF4Linear on these bytes for a dense layer, still without its bias."""
     sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
     layer = NF4Linear(*sizes, linear.bias is not None, group_size=group_size, device="meta", dtype=dtype)
     put(layer, weight, scales, group_size)
-    layer.bias = linear.bias
     layer.train(linear.training)
+    return layer
+
+
+def place(candidate: Candidate, layer: nn.Linear) -> None:
+    """Puts a layer in every place of a dense one, with the bias that this one has by now."""
+    layer.bias = candidate.module.bias
     for parent, attribute, _ in candidate.places:
         setattr(parent, attribute, layer)
+
+
+def put_back(candidate: Candidate) -> None:
+    """Undoes place, past what a parent does or refuses when an attribute is set."""
+    for parent, attribute, _ in candidate.places:
+        parent._modules[attribute] = candidate.module
 
 
 def fill(tensor: Tensor, value: Tensor) -> None:

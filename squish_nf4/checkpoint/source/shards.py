@@ -21,6 +21,7 @@ from squish_nf4.checkpoint.files import parse_json, require_there
 from squish_nf4.checkpoint.messages import listed, shorten
 from squish_nf4.checkpoint.source.shard_file import Shard, describe, opened, opened_shard, require_regular
 from squish_nf4.checkpoint.source.small_files import INDEX_SUFFIX, collect_small_files, other_weights
+from squish_nf4.checkpoint.values import MOST_DIMENSIONS
 
 # safetensors' names of what both torch and numpy can hold, after widening where numpy knows no such float.
 DTYPES = {
@@ -119,7 +120,8 @@ def open_source(path: Path, removed: Recalled = MappingProxyType({})) -> Source:
     Raises:
         FileNotFoundError: path, or a shard that the index names, is not there.
         OSError: one of them cannot be read.
-        ValueError: nothing to convert, a damaged shard, an index that is wrong, or a dtype that cannot be stored.
+        ValueError: nothing to convert, a damaged shard, an index that is wrong, or a dtype or
+            a number of dimensions that cannot be stored.
     """
     if path not in removed:
         require_there(path)
@@ -235,6 +237,12 @@ def read_shard_header(path: Path) -> list[Entry]:
                 raise ValueError(
                     f"tensor {shorten(name)} in {path.name} is {header.get_dtype()}, which has no .npy form"
                 )
-            found[name] = Entry(name, shard, dtype, tuple(header.get_shape()), start)
+            shape = tuple(header.get_shape())
+            if len(shape) > MOST_DIMENSIONS:
+                raise ValueError(
+                    f"tensor {shorten(name)} in {path.name} has {len(shape)} dimensions; a .npy file has at most "
+                    f"{MOST_DIMENSIONS}"
+                )
+            found[name] = Entry(name, shard, dtype, shape, start)
             start += found[name].nbytes
         return [found[name] for name in file.keys()]  # noqa: SIM118 (a safetensors file is not iterable)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from squish_nf4.commands.drawing import BLUE, FAINT, GAUSSIAN_ERROR, GREY, ORANGE, STYLE, quiet_matplotlib
+from squish_nf4.replace import written_beside
 
 if TYPE_CHECKING:
     from squish_nf4.commands.demo.agreement import Agreement
@@ -39,7 +40,8 @@ def draw(path: Path, quantized: QuantizeReport, agreement: Agreement) -> Path:
         draw_errors(errors, quantized.layers)
         draw_similarities(similarities, agreement)
         similarities.set_anchor("NE")
-        figure.savefig(path)
+        with written_beside(path) as file:
+            figure.savefig(file)
     return path
 
 

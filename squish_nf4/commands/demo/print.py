@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 
 from squish_nf4 import _C
@@ -39,9 +38,9 @@ def print_demo(report: DemoReport) -> None:
         f"{inspection.relative_rms:.4f}, {entropy_of(inspection.indices):.2f} of 4 index bits used"
     )
     out.print()
-    out.print(f"  Picture     [cyan]{escape(str(report.picture))}[/]", soft_wrap=True)
-    out.print(f"  Checkpoint  [cyan]{escape(str(conversion.report.output))}[/]", soft_wrap=True)
-    out.print(f"  Its page    [cyan]{escape(str(conversion.page))}[/]", soft_wrap=True)
+    out.print(f"  Picture     [cyan]{terminal.name(report.picture)}[/]", soft_wrap=True)
+    out.print(f"  Checkpoint  [cyan]{terminal.name(conversion.report.output)}[/]", soft_wrap=True)
+    out.print(f"  Its page    [cyan]{terminal.name(conversion.page)}[/]", soft_wrap=True)
     out.print(f"  All done in {duration(report.seconds)}.")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -96,7 +95,7 @@ def run(
     """Quantize, compare, draw, convert, verify, inspect. Leaves a picture, a checkpoint and its page.
 
     Args:
-        output: a directory, made if need be. An earlier demo's results in it are replaced.
+        output: a directory, made if need be. An earlier demo's results in it are replaced, and nothing else.
         sentences: an even number, paraphrases side by side.
         rounds: how often each model is timed; the two take turns.
         step: step("what") is entered for as long as that takes, for a progress display.
@@ -123,7 +122,7 @@ def run(
         output.mkdir(parents=True, exist_ok=True)
         picture = draw(output / PICTURE, quantized, agreement)
     with step("Converting its checkpoint"):
-        converted = convert_again(model_folder(), output / CHECKPOINT)
+        converted = convert(model_folder(), output / CHECKPOINT, overwrite=True)
     with step("Verifying every byte of it against the original"):
         verification = verify(output / CHECKPOINT, model_folder())
     with step("Inspecting it"):
@@ -151,10 +150,3 @@ def time_both(dense: Any, nf4: Any, sentences: Sequence[str], batch_size: int, r
             encode(model, sentences, batch_size)
             taken.append(time.perf_counter() - started)
     return Seconds(median(times[0]), median(times[1]))
-
-
-def convert_again(source: Path, target: Path) -> ConvertReport:
-    """Convert a checkpoint as `squish-nf4 convert --nf4` does, over that of an earlier demo."""
-    if (target / "tensors").is_dir():
-        shutil.rmtree(target)
-    return convert(source, target)

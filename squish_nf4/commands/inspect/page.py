@@ -12,6 +12,7 @@ from squish_nf4.checkpoint.audit.measure import Group, Nf4Numbers, entropy_of
 from squish_nf4.commands.inspect.plots import draw_all
 from squish_nf4.commands.inspect.print import WHERE_FROM, decibels, shape_of
 from squish_nf4.commands.terminal import count, size
+from squish_nf4.replace import written_beside
 
 STYLE = """
 :root {
@@ -84,13 +85,15 @@ WORST_HEADS = ("tensor", "row", "columns", "scale", "relative error", "share of 
 
 
 def write_page(report: Inspection, path: Path) -> Path:
-    """Write the page as one file, which replaces an earlier one; returns its path.
+    """Write the page as one file, which replaces an earlier one whole; returns its path.
 
     Raises:
+        FileExistsError, IsADirectoryError: what is there is no regular file.
         ModuleNotFoundError: matplotlib is not installed.
     """
     page = render(report)
-    path.write_text(page, encoding="utf-8")
+    with written_beside(path) as file:
+        file.write_text(page, encoding="utf-8", errors="backslashreplace")  # a path may hold what is no Unicode
     return path
 
 

@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from squish_nf4.checkpoint.audit.inspection import Inspected, Inspection
 from squish_nf4.checkpoint.audit.measure import ERROR_EDGES, Nf4Numbers, entropy_of
+from squish_nf4.checkpoint.messages import shown
 from squish_nf4.commands import terminal
 from squish_nf4.commands.terminal import count, duration, size
 
@@ -55,7 +54,7 @@ def nf4_table(report: Inspection, width: int, bars: bool) -> Table:
     table = terminal.plain_table("in NF4", *columns)
     for tensor in report.tensors:
         if tensor.nf4:
-            table.add_row(escape(tensor.name), *(text(tensor, tensor.nf4) for text in columns.values()))
+            table.add_row(terminal.name(tensor.name), *(text(tensor, tensor.nf4) for text in columns.values()))
     return table
 
 
@@ -69,9 +68,9 @@ def kept_table(report: Inspection) -> Table:
     table.columns[3].justify = "left"
     for dtype, tensors in groups.items():
         ranked = sorted(tensors, key=lambda tensor: -tensor.nbytes)
-        names = ", ".join(tensor.name for tensor in ranked[:2])
+        names = ", ".join(shown(tensor.name) for tensor in ranked[:2])
         more = f" and {len(ranked) - 2} more" if len(ranked) > 2 else ""
-        table.add_row(dtype, str(len(ranked)), size(sum(t.nbytes for t in ranked)), escape(names + more))
+        table.add_row(dtype, str(len(ranked)), size(sum(t.nbytes for t in ranked)), terminal.escape(names + more))
     return table
 
 
@@ -99,7 +98,7 @@ def worst_groups(report: Inspection) -> Table:
         for group in numbers.worst if len(ranked) == 1 else numbers.worst[:1]:
             columns = f"{group.columns[0]}-{group.columns[1]}"
             cells = [str(group.row), columns, f"{group.scale:.3g}", f"{group.relative_rms:.4f}", f"{group.share:.2%}"]
-            table.add_row(escape(tensor.name), *cells)
+            table.add_row(terminal.name(tensor.name), *cells)
     return table
 
 
@@ -119,7 +118,7 @@ def summary(report: Inspection) -> list[str]:
 
 
 def print_json(report: Inspection) -> None:
-    Console(soft_wrap=True, highlight=False).out(json.dumps(as_json(report), indent=2, allow_nan=False))
+    terminal.console().out(json.dumps(as_json(report), indent=2, allow_nan=False))
 
 
 def as_json(report: Inspection) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""How a file takes the place of an earlier one: whole or not at all, and never the place of anything else."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def refuse_to_replace(path: Path) -> None:
+    """Raise an OSError if there is something at ``path`` that is neither a regular file nor a link to one.
+
+    A link to nothing may be written through.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
+        error = IsADirectoryError if stat.S_ISDIR(mode) else FileExistsError
+        raise error(f"{path} is {kind}; only a regular file is replaced")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A file to write in a new folder beside ``path``, which takes its place at the end; a symbolic link is followed.
+
+    After an error nothing is left, and what was there before stays.
+
+    Raises:
+        FileExistsError, IsADirectoryError: what is there is no regular file.
+    """
+    refuse_to_replace(path)
+    target = Path(os.path.realpath(path))
+    with tempfile.TemporaryDirectory(prefix=".squish_nf4.", dir=target.parent) as folder:
+        file = Path(folder, target.name)
+        yield file
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+        refuse_to_replace(target)
+        file.replace(target)
