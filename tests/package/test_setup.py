@@ -218,7 +218,7 @@ def test_squish_cuda_0_builds_for_the_cpu(
     library = setuptools.Extension("squish_nf4.libsquish_nf4", [])
     setup_py["torch"].__file__ = torch.__file__
     setup_py["configure_op_library"](library, None, inplace=False)
-    assert not any("cuda" in name for name in [*library.sources, *library.libraries])
+    assert [name for name in [*library.sources, *library.libraries] if "cuda" in name] == ["csrc/ops/without_cuda.cpp"]
 
 
 def test_cpu_torch_builds_for_the_cpu(
