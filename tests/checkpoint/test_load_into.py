@@ -332,7 +332,9 @@ def test_the_models_ties_stay(tmp_path: Path, make: Callable[[], nn.Module], nam
     model = make()
     report = load_into(model, path)
     assert report.nf4 == ("a.weight",)
-    assert report.decoded == {"embed.weight": "it is tied to embed.weight"}
+    assert report.decoded == {
+        "embed.weight": "embed.weight is the same tensor, and stays dense: Embedding is not nn.Linear"
+    }
     assert model.a.weight is model.b.weight
     assert model.a.scales is model.b.scales
     assert model.a.bias is not model.b.bias

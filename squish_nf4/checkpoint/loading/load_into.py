@@ -28,6 +28,7 @@ from squish_nf4.checkpoint.loading.slots import (
 from squish_nf4.checkpoint.messages import listed
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.choose import Candidate, replaceable
+from squish_nf4.linear_kinds import weight_of
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def pair(model: nn.Module, slots: list[Slot], directory: SquishDirectory) -> lis
     layers, dense = replaceable(model, lambda name: name in stored and stored[name].kind == "nf4")
     layers_of: defaultdict[int, list[Candidate]] = defaultdict(list)
     for layer in layers:
-        layers_of[id(layer.module.weight)].append(layer)
+        layers_of[id(weight_of(layer.module))].append(layer)
     fillings = []
     for slot in slots:
         if tensor := find_stored(slot, directory):

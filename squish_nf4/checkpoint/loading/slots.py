@@ -17,6 +17,7 @@ from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor, as_torch
 from squish_nf4.checkpoint.messages import listed, shorten
 from squish_nf4.checkpoint.values import dtype_name
 from squish_nf4.choose import Candidate
+from squish_nf4.linear_kinds import as_linear, remember_class
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.nn.packed import PackedWeight
 
@@ -192,12 +193,13 @@ def put(layer: NF4Linear, weight: PackedWeight, scales: Tensor, group_size: int)
 
 def replace(candidate: Candidate, weight: PackedWeight, scales: Tensor, group_size: int) -> None:
     """Puts an NF4Linear in every place of a dense layer, with its bias, which has been filled before."""
-    linear = candidate.module
+    linear = as_linear(candidate.module)
     sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
     layer = NF4Linear(*sizes, linear.bias is not None, group_size=group_size, device="meta", dtype=dtype)
     put(layer, weight, scales, group_size)
     layer.bias = linear.bias
     layer.train(linear.training)
+    remember_class(layer, linear)
     for parent, attribute, _ in candidate.places:
         setattr(parent, attribute, layer)
 
