@@ -22,6 +22,7 @@ from squish_nf4.transformers_models import kept_in_float32, output_heads
 HEAD_NAMES = ("lm_head", "embed_out")  # quantized only if `only` names them: errors there reach the output directly
 
 
+ADVICE = "; name it in only to quantize it"
 OWN = ("weight", "bias")
 HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
@@ -193,21 +194,23 @@ class _Preferences:
             return "skip names it"
         if self.only is not None and not any(_matches(name, self.only) for name in names):
             return "only does not name it"
-        if reason := _reason_in_place(candidate, readers):  # before what `only` may overrule
-            return reason
-        if self.only is None and (reason := self._reason_by_default(module, names)):
-            return f"{reason}; name it in only to quantize it"
-        return None
+        never = _reason_in_place(candidate, readers)
+        if self.only is None and self.something_is_frozen and _is_trainable(module):
+            return "it is being trained, while others are frozen" + ("" if never else ADVICE)
+        if self.only is None and never is None and (reason := self._reason_by_default(module, names)):
+            return reason + ADVICE
+        return never
 
     def _reason_by_default(self, module: nn.Module, names: list[str]) -> str | None:
         if id(module) in self.heads or any(name.split(".")[-1] in HEAD_NAMES for name in names):
             return "an output head"
-        if owner := _float32_holder(names, self.in_float32):
-            return f"{owner} keeps it in float32"
-        weight = weight_of(module)
-        if self.something_is_frozen and weight is not None and weight.requires_grad:
-            return "it is being trained, while others are frozen"
-        return None
+        owner = _float32_holder(names, self.in_float32)
+        return f"{owner} keeps it in float32" if owner else None
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    weight = weight_of(module)
+    return weight is not None and weight.requires_grad
 
 
 def _is_frozen(module: nn.Module) -> bool:

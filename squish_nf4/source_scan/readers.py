@@ -12,10 +12,12 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FunctionType
 
-from torch import nn
+from torch import Tensor, nn
 
 from squish_nf4.source_scan.conditions import truth
 from squish_nf4.source_scan.method import MethodReads, Read, Steps
@@ -24,7 +26,7 @@ from squish_nf4.source_scan.method import MethodReads, Read, Steps
 OTHER_WORK = (
     *("__init__", "__repr__", "__getstate__", "__setstate__", "__deepcopy__", "extra_repr", "state_dict", "register"),
     *("init", "_init", "initialize", "reset", "_reset", "tie", "_tie", "untie", "prune", "_prune", "load", "_load"),
-    *("save", "_save", "from_", "set_", "resize", "_resize", "_get_resized", "merge", "unmerge", "fuse", "quantize"),
+    *("save", "_save", "from_", "set_", "resize", "_resize", "_get_resized", "merge", "unmerge", "fuse"),
 )
 
 
@@ -45,10 +47,19 @@ def weight_readers(model: nn.Module) -> tuple[dict[int, str], list[str]]:
             if any(truth(test, read.this, module) is (not wanted) for test, wanted in read.conditions):
                 continue
             for target in _follow(module, read.steps):
-                weight = next(target.parameters(), None) if read.first else target._parameters.get("weight")
+                weight = next(target.parameters(), None) if read.first else _weight_of(target)
                 if weight is not None and (target is not module or read.first):
                     readers.setdefault(id(weight), f"{kind.__name__} reads its weight itself ({read.place})")
     return readers, list(unseen)
+
+
+def _weight_of(module: nn.Module) -> Tensor | None:
+    """What ``module.weight`` is; an adapter may answer with the weight of the layer that it wraps."""
+    weight: object = module._parameters.get("weight")
+    if weight is None and isinstance(inspect.getattr_static(module, "weight", None), property):
+        with suppress(Exception):  # the property is the model's own code
+            weight = module.weight
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _follow(module: nn.Module, steps: Steps) -> Iterator[nn.Module]:
@@ -67,27 +78,36 @@ def _reads_of_class(kind: type) -> tuple[list[Read], list[str]]:
     reads: list[Read] = []
     without_source: list[str] = []
     for function in _methods(kind):
-        code = function.__code__
-        if not {"weight", "parameters"} & {*code.co_names, *map(str, code.co_consts), *_names_inside(code)}:
-            continue
-        try:
-            lines, first_line = inspect.getsourcelines(function)
-            tree = ast.parse(textwrap.dedent("".join(lines)))
-        except (OSError, TypeError, SyntaxError):
+        found = _reads_of_function(function)
+        if found is None:
             without_source.append(f"{kind.__name__}.{function.__name__}")
-            continue
-        file = Path(code.co_filename).name
-        for definition in tree.body[:1]:
-            if isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef)) and definition.args.args:
-                reads += MethodReads(definition, file, first_line, "uint8" in code.co_names).reads
+        else:
+            reads += found
     return reads, without_source
+
+
+@lru_cache(maxsize=4096)
+def _reads_of_function(function: FunctionType) -> tuple[Read, ...] | None:
+    """What a method reads; None if it may read something and has no source."""
+    code = function.__code__
+    names = {*_names_in(code)}
+    if "weight" not in names and not {"next", "parameters"} <= names:
+        return ()
+    try:
+        lines, first_line = inspect.getsourcelines(function)
+        definition = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if not isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef)) or not definition.args.args:
+        return ()  # a lambda in a class, or a static method
+    return tuple(MethodReads(definition, Path(code.co_filename).name, first_line, "uint8" in names).reads)
 
 
 def _methods(kind: type) -> Iterator[FunctionType]:
     """The functions that can run on an instance: an overridden one only if the overriding one calls super()."""
     hidden: set[str] = set()
     for base in kind.__mro__:
-        if base in (nn.Module, object) or base.__module__.split(".")[0] == "torch":
+        if base is object or base.__module__.startswith("torch.nn."):
             continue
         for name, value in vars(base).items():
             value = getattr(value, "fget", getattr(value, "__func__", value))  # of a property, of a class method
@@ -96,14 +116,15 @@ def _methods(kind: type) -> Iterator[FunctionType]:
                 continue
             if "super" not in function.__code__.co_names:
                 hidden.add(name)
-            if not name.startswith(OTHER_WORK):
+            if name != "weight" and not name.startswith(OTHER_WORK):  # a property of that name only hands it on
                 yield function
 
 
-def _names_inside(code: CodeType) -> Iterator[str]:
-    """The names that comprehensions, lambdas and inner functions use."""
+def _names_in(code: CodeType) -> Iterator[str]:
+    """The names and strings in a function, and in its comprehensions, lambdas and inner functions."""
+    yield from code.co_names
     for constant in code.co_consts:
-        if inspect.iscode(constant):
-            yield from constant.co_names
-            yield from map(str, constant.co_consts)
-            yield from _names_inside(constant)
+        if isinstance(constant, str):
+            yield constant
+        elif inspect.iscode(constant):
+            yield from _names_in(constant)
