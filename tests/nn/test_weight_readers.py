@@ -292,11 +292,12 @@ class ShortCircuit(Reads):
 class Otherwise(Reads):
     def forward(self, x: Tensor) -> Tensor:
         if self.config.parts in (0, 1):
-            return self.proj(x)
+            y = self.proj(x)
         elif not self.slow:
-            return self.proj(x)
+            y = self.proj(x).relu()
         else:
-            return F.linear(x, self.proj.weight)
+            y = F.linear(x, self.proj.weight)
+        return y
 
 
 @pytest.mark.parametrize("kind", [Branches, Early, Expression, ShortCircuit, Otherwise])

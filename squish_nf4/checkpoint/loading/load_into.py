@@ -96,14 +96,14 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         raise ValueError(f"load_into: {error} (the model was not changed)") from error
     for step in steps:
         step()
-    filled = {filling.slot.name for filling in fillings}
+    known = {*missing, *(filling.slot.name for filling in fillings)}
     return LoadReport(
         nf4=tuple(filling.slot.name for filling in fillings if filling.stays_nf4),
         decoded={filling.slot.name: filling.why_dense for filling in fillings if filling.why_dense},
         kept=tuple(filling.slot.name for filling in fillings if filling.stored.kind == "kept"),
         missing=tuple(missing),
         extra=tuple(extra),
-        on_meta=tuple(slot.name for slot in slots if slot.tensor.is_meta and slot.name not in {*filled, *missing}),
+        on_meta=tuple(slot.name for slot in slots if slot.tensor.is_meta and slot.name not in known),
     )
 
 
