@@ -24,11 +24,12 @@ def quantize_model(
 ) -> QuantizeReport:
     """Replace the linear layers of a model by NF4Linear, in place.
 
-    Tied weights stay tied. Left alone and reported: output heads (lm_head) and layers tied to an embedding, unless
-    ``only`` names them; layers whose parent reads their weight itself (nn.MultiheadAttention,
-    nn.TransformerEncoderLayer); modules that a transformers model keeps in float32, unless ``only`` names them;
-    parametrized layers, layers with hooks, and subclasses of nn.Linear with a forward of their own. All weights are
-    looked at before the first is replaced: if one is refused, the model is as it was.
+    Tied weights stay tied. Left alone and reported, unless ``only`` names them: output heads, layers tied to an
+    embedding, modules that a transformers model keeps in float32, and trainable layers of a model that is frozen in
+    part, such as adapters. Always left alone: layers whose weight another module reads instead of calling them, as its
+    source says; parametrized layers, layers with hooks or with more than a weight and a bias, and subclasses of
+    nn.Linear with a forward of their own. All weights are looked at before the first is replaced: if one is refused,
+    the model is as it was. Then each dense weight is freed when its layer is replaced.
 
     Args:
         model: any module; on the meta device it becomes the empty structure to load a saved state into.
@@ -68,7 +69,9 @@ def quantize_model(
 
 
 def dequantize_model(model: nn.Module) -> tuple[str, ...]:
-    """Replace every NF4Linear of a model by the nn.Linear that it computes, in place; tied weights stay tied.
+    """Replace every NF4Linear of a model by the dense layer that it computes, in place; tied weights stay tied.
+
+    The layer is an nn.Linear, or what was there before: Conv1D and FalconLinear of transformers.
 
     Returns:
         The names of the replaced layers.

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from tokenize import TokenError
 from types import CodeType, FunctionType
 
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def _reads_of_function(function: FunctionType) -> tuple[Read, ...] | None:
     try:
         lines, first_line = inspect.getsourcelines(function)
         definition = ast.parse(textwrap.dedent("".join(lines))).body[0]
-    except (OSError, TypeError, SyntaxError):
+    except (OSError, TypeError, SyntaxError, IndexError, TokenError):  # none, or another one than was imported
         return None
     if not isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef)) or not definition.args.args:
         return ()  # a lambda in a class, or a static method

@@ -97,7 +97,7 @@ class OtherMethod(Reads):
         return self.product(self.free(x))
 
 
-class Inherited(OtherMethod):
+class Inherited(Functional):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
