@@ -2,43 +2,68 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from squish_nf4.linear_kinds import has_forward_of_linear, is_linear, shape_wanted, weight_of
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.ops import COMPUTE_DTYPES
+from squish_nf4.report import LeftAlone
+from squish_nf4.source_scan.readers import weight_readers
+from squish_nf4.transformers_models import kept_in_float32, output_heads
 
-OUTPUT_HEADS = ("lm_head", "embed_out")  # quantized only if `only` names them: errors there reach the output directly
+HEAD_NAMES = ("lm_head", "embed_out")  # quantized only if `only` names them: errors there reach the output directly
 
 
-@dataclass(frozen=True)
-class LeftAlone:
-    """One module with a weight that was not quantized.
-
-    Attributes:
-        name: its dotted name in the model.
-        reason: why it was left alone, in words.
-    """
-
-    name: str
-    reason: str
+ADVICE = "; name it in only to quantize it"
+OWN = ("weight", "bias")
+HOOKS = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
+    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
 
 
 @dataclass
 class Candidate:
-    """A linear layer and every place where the model holds it."""
+    """A linear layer and every place where the model holds it.
 
-    module: nn.Linear
-    places: list[tuple[nn.Module, str, str]]  # parent, attribute, full name
+    Attributes:
+        module: an nn.Linear, or another one that computes the same.
+        places: (parent, attribute, full name) of each.
+        tied_to: a dense parameter that its weight is now, and will not be.
+    """
+
+    module: nn.Module
+    places: list[tuple[nn.Module, str, str]]
+    tied_to: str | None = None
 
     @property
     def name(self) -> str:
         return self.places[0][2]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for _, _, name in self.places]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A module that holds a parameter under a name."""
+
+    module: nn.Module
+    module_name: str
+    attribute: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.module_name}.{self.attribute}" if self.module_name else self.attribute
 
 
 def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
@@ -57,35 +82,44 @@ def children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]
                 yield parent, attribute, f"{prefix}.{attribute}" if prefix else attribute, child
 
 
+def candidates_of(model: nn.Module, is_one: Callable[[nn.Module], bool]) -> dict[int, Candidate]:
+    """Each module of a kind with all its places, by its id."""
+    found: dict[int, Candidate] = {}
+    for parent, attribute, name, module in children(model):
+        if is_one(module):
+            found.setdefault(id(module), Candidate(module, [])).places.append((parent, attribute, name))
+    return found
+
+
 def choose(
     model: nn.Module, skip: tuple[str, ...], only: tuple[str, ...] | None
 ) -> tuple[list[Candidate], list[LeftAlone], list[str]]:
     """The layers to quantize, the modules to leave alone, and notes on what a reader of the report should know."""
-    linears: dict[int, Candidate] = {}
-    left_alone: dict[str, str] = {}
-    for parent, attribute, name, module in children(model):
-        if isinstance(module, nn.Linear):
-            linears.setdefault(id(module), Candidate(module, [])).places.append((parent, attribute, name))
-        elif _owns_matrix(module):
-            left_alone[name] = f"{type(module).__name__} is not nn.Linear"
+    linears = candidates_of(model, is_linear)
+    left_alone = {
+        name: (f"{type(module).__name__} is not nn.Linear", module)
+        for _, _, name, module in children(model)
+        if not is_linear(module) and _owns_matrix(module)
+    }
     notes = _unmatched(model, skip, only)
+    readers, unseen = weight_readers(model)
+    notes += [f"{method} may read weights itself, and its source is not to be had" for method in unseen]
+    preferences = _Preferences(model, skip, only)
     chosen: dict[int, Candidate] = {}
-    in_float32 = _kept_in_float32(model)
     for key, candidate in linears.items():
-        reason = _reason_to_leave(candidate, skip, only, in_float32)
+        reason = preferences.reason_to_leave(candidate, readers)
         if reason is None:
             chosen[key] = candidate
         else:
-            left_alone[candidate.name] = reason
-    holders = {key: _foreign_holder(model, candidate, chosen) for key, candidate in chosen.items()}
-    for key, holder in holders.items():
-        name = chosen[key].name
-        if holder is not None and only and _matches(name, only):
-            notes.append(f"{name}.weight was tied to {holder}, which stays dense: they are separate now")
-        elif holder is not None:
-            del chosen[key]
-            left_alone[name] = f"its weight is tied to {holder}"
-    return list(chosen.values()), [LeftAlone(name, reason) for name, reason in left_alone.items()], notes
+            left_alone[candidate.name] = (reason, candidate.module)
+    for candidate, holder in _tied_to_dense(model, chosen):
+        if only and any(_matches(name, only) for name in candidate.names):
+            candidate.tied_to = holder.name
+        else:
+            del chosen[id(candidate.module)]
+            left_alone[candidate.name] = (f"its weight is tied to {holder.name}", candidate.module)
+    entries = [LeftAlone(name, reason, _own_bytes(module)) for name, (reason, module) in left_alone.items()]
+    return list(chosen.values()), entries, notes
 
 
 def replaceable(model: nn.Module, in_nf4: Callable[[str], bool]) -> tuple[list[Candidate], dict[str, str]]:
@@ -99,33 +133,30 @@ def replaceable(model: nn.Module, in_nf4: Callable[[str], bool]) -> tuple[list[C
     Returns:
         The layers, and {weight: why it has to be dense in this model} of the other ones.
     """
-    linears: dict[int, Candidate] = {}
-    for parent, attribute, name, module in children(model):
-        if isinstance(module, nn.Linear) and not isinstance(module, NF4Linear):
-            linears.setdefault(id(module), Candidate(module, [])).places.append((parent, attribute, name))
+    linears = candidates_of(model, lambda module: isinstance(module, nn.Linear) and not isinstance(module, NF4Linear))
     wanted = {
-        id(candidate.module._parameters.get("weight"))  # shared by a layer whose own name nobody stored
+        id(weight_of(candidate.module))  # shared by a layer whose own name nobody stored
         for candidate in linears.values()
-        if any(in_nf4(f"{name}.weight") for _, _, name in candidate.places)
+        if any(in_nf4(f"{name}.weight") for name in candidate.names)
     }
-    in_float32 = _kept_in_float32(model)
+    in_float32 = kept_in_float32(model)
+    readers, _ = weight_readers(model)
     chosen: dict[int, Candidate] = {}
     dense: dict[str, str] = {}
     for key, candidate in linears.items():
-        names = [name for _, _, name in candidate.places]
-        if id(candidate.module._parameters.get("weight")) not in wanted:
+        if id(weight_of(candidate.module)) not in wanted:
             continue
-        holder = _float32_holder(names, in_float32)
-        reason = f"{holder} keeps it in float32" if holder else _reason_in_place(candidate)
+        owner = _float32_holder(candidate.names, in_float32)
+        reason = f"{owner} keeps it in float32" if owner else _reason_in_place(candidate, readers)
         if reason is None:
             chosen[key] = candidate
         else:
-            dense |= dict.fromkeys((f"{name}.weight" for name in names), reason)
-    holders = {key: _foreign_holder(model, candidate, chosen) for key, candidate in chosen.items()}
-    for key, foreign in holders.items():
-        if foreign is not None:
-            places = chosen.pop(key).places
-            dense |= {f"{name}.weight": f"it is tied to {foreign}" for _, _, name in places}
+            dense |= dict.fromkeys((f"{name}.weight" for name in candidate.names), reason)
+    for candidate, holder in _tied_to_dense(model, chosen):
+        del chosen[id(candidate.module)]
+        why = dense.get(holder.name, f"{type(holder.module).__name__} is not nn.Linear")
+        reason = f"{holder.name} is the same tensor, and stays dense: {why}"
+        dense |= {f"{name}.weight": reason for name in candidate.names}
     return list(chosen.values()), dense
 
 
@@ -146,70 +177,95 @@ def _unmatched(model: nn.Module, skip: tuple[str, ...], only: tuple[str, ...] | 
     return [f"skip pattern '{pattern}' matches no module of this model" for pattern in unmatched(skip)]
 
 
-def _kept_in_float32(model: nn.Module) -> dict[str, str]:
-    """Patterns of the modules that a transformers model casts activations for, and the class that says so.
+class _Preferences:
+    """What the caller asked for, and what is left alone unless it is asked for."""
 
-    T5 reads the dtype of such a weight in its forward, which packed bytes would answer with uint8.
+    def __init__(self, model: nn.Module, skip: tuple[str, ...], only: tuple[str, ...] | None) -> None:
+        self.skip, self.only = skip, only
+        self.heads = output_heads(model)
+        self.in_float32 = kept_in_float32(model)
+        self.something_is_frozen = any(_is_frozen(module) for module in model.modules())
+
+    def reason_to_leave(self, candidate: Candidate, readers: dict[int, str]) -> str | None:
+        module, names = candidate.module, candidate.names
+        if isinstance(module, NF4Linear):
+            return "already NF4"
+        if any(_matches(name, self.skip) for name in names):
+            return "skip names it"
+        if self.only is not None and not any(_matches(name, self.only) for name in names):
+            return "only does not name it"
+        never = _reason_in_place(candidate, readers)
+        if self.only is None and self.something_is_frozen and _is_trainable(module):
+            return "it is being trained, while others are frozen" + ("" if never else ADVICE)
+        if self.only is None and never is None and (reason := self._reason_by_default(module, names)):
+            return reason + ADVICE
+        return never
+
+    def _reason_by_default(self, module: nn.Module, names: list[str]) -> str | None:
+        if id(module) in self.heads or any(name.split(".")[-1] in HEAD_NAMES for name in names):
+            return "an output head"
+        owner = _float32_holder(names, self.in_float32)
+        return f"{owner} keeps it in float32" if owner else None
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    weight = weight_of(module)
+    return weight is not None and weight.requires_grad
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether somebody has stopped the training of this module.
+
+    Embeddings do not count, for some models freeze their positions, nor do packed weights, which nobody trains.
     """
-    patterns: dict[str, str] = {}
-    for module in model.modules():
-        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            for pattern in getattr(module, attribute, None) or ():
-                patterns.setdefault(pattern, type(module).__name__)
-    return patterns
-
-
-def _reason_to_leave(
-    candidate: Candidate, skip: tuple[str, ...], only: tuple[str, ...] | None, in_float32: dict[str, str]
-) -> str | None:
-    module, names = candidate.module, [name for _, _, name in candidate.places]
-    if isinstance(module, NF4Linear):
-        return "already NF4"
-    if any(_matches(name, skip) for name in names):
-        return "skip names it"
-    if only is not None and not any(_matches(name, only) for name in names):
-        return "only does not name it"
-    if only is None and any(name.split(".")[-1] in OUTPUT_HEADS for name in names):
-        return "an output head; name it in only to quantize it"
-    if only is None and (holder := _float32_holder(names, in_float32)):
-        return f"{holder} keeps it in float32; name it in only to quantize it"
-    return _reason_in_place(candidate)
+    counts = is_linear(module) or isinstance(module, _ConvNd) or "Norm" in type(module).__name__
+    tensor = module._parameters.get("bias") if isinstance(module, NF4Linear) else weight_of(module)
+    return counts and tensor is not None and tensor.is_floating_point() and not tensor.requires_grad
 
 
 def _float32_holder(names: list[str], in_float32: dict[str, str]) -> str | None:
     return next((holder for pattern, holder in in_float32.items() if any(_matches(n, [pattern]) for n in names)), None)
 
 
-def _reason_in_place(candidate: Candidate) -> str | None:
+def _reason_in_place(candidate: Candidate, readers: dict[int, str]) -> str | None:
     """Why NF4Linear could not stand where this layer does."""
     for parent, attribute, _ in candidate.places:
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight itself"
         if isinstance(parent, nn.TransformerEncoderLayer) and attribute in ("linear1", "linear2"):
             return "the fast path of nn.TransformerEncoderLayer reads its weight itself"
-    return _reason_in_layer(candidate.module)
+    return _reason_in_layer(candidate.module) or readers.get(id(weight_of(candidate.module)))
 
 
-def _reason_in_layer(module: nn.Linear) -> str | None:
+def _reason_in_layer(module: nn.Module) -> str | None:
     if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
         return "it is not initialized yet: run the model once first"
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+    weight = weight_of(module)
+    if parametrize.is_parametrized(module) or weight is None:
         return "its weight is parametrized"
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    if not has_forward_of_linear(module):
         return f"{type(module).__name__} has a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if any(getattr(module, hooks) for hooks in HOOKS):
         return "it has hooks"
-    if module.weight.dtype not in COMPUTE_DTYPES:
-        return f"its weight is {module.weight.dtype}; float32, bfloat16 and float16 are computed"
+    if extra := [*module._modules, *module._buffers, *(name for name in module._parameters if name not in OWN)]:
+        return f"it holds more than a weight and a bias: {', '.join(sorted(extra))}"
+    if weight.dtype not in COMPUTE_DTYPES:
+        return f"its weight is {weight.dtype}; float32, bfloat16 and float16 are computed"
+    if tuple(weight.shape) != (wanted := shape_wanted(module)):
+        return f"its weight has shape {tuple(weight.shape)}, and the layer says that it is {wanted}"
     return None
 
 
-def _foreign_holder(model: nn.Module, candidate: Candidate, chosen: dict[int, Candidate]) -> str | None:
-    """The name of a parameter that is this layer's weight and belongs to a module that stays dense, or None."""
+def _own_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters(recurse=False) if not is_lazy(parameter))
+
+
+def _tied_to_dense(model: nn.Module, chosen: dict[int, Candidate]) -> list[tuple[Candidate, Holder]]:
+    """The layers among the chosen whose weight a module holds that stays dense, and where."""
+    holders: defaultdict[int, list[Holder]] = defaultdict(list)
     for name, module in model.named_modules():
-        if id(module) in chosen:
-            continue
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter is candidate.module.weight:
-                return f"{name}.{parameter_name}" if name else parameter_name
-    return None
+        if id(module) not in chosen:
+            for attribute, parameter in module.named_parameters(recurse=False):
+                holders[id(parameter)].append(Holder(module, name, attribute))
+    tied = [(candidate, holders.get(id(weight_of(candidate.module)))) for candidate in chosen.values()]
+    return [(candidate, found[0]) for candidate, found in tied if found]

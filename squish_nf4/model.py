@@ -3,67 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from squish_nf4.choose import Candidate, LeftAlone, as_patterns, children, choose
+from squish_nf4.choose import Candidate, as_patterns, children, choose
 from squish_nf4.layout import cheapest_group_size
+from squish_nf4.linear_kinds import as_it_was, as_linear, is_conv1d, remember_class, weight_of
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.ops import may_look, relative_error, survey_nf4
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer that quantize_model has quantized.
-
-    Attributes:
-        name: its dotted name in the model.
-        shape: (out_features, in_features).
-        group_size: columns that share a scale.
-        bits_per_weight: stored bits (nibbles, padding and scales) per logical weight.
-        relative_rms_error: ||W - decoded|| / ||W||; None on meta.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    group_size: int
-    bits_per_weight: float
-    relative_rms_error: float | None
-
-
-@dataclass(frozen=True)
-class QuantizeReport:
-    """What quantize_model did; printed, a table of the layers and what was left alone.
-
-    Attributes:
-        layers: what was quantized.
-        left_alone: the other modules with a weight, and why.
-        notes: what a careful reader would want to know, a sentence each.
-        bytes_before: of all parameters and buffers of the model, each once.
-        bytes_after: the same, now.
-    """
-
-    layers: tuple[LayerReport, ...]
-    left_alone: tuple[LeftAlone, ...]
-    notes: tuple[str, ...]
-    bytes_before: int
-    bytes_after: int
-
-    def __str__(self) -> str:
-        lines = [f"{'layer':<48} {'shape':>14} {'group':>5} {'bits':>5} {'rel. error':>10}"] if self.layers else []
-        for layer in self.layers:
-            error = "-" if layer.relative_rms_error is None else f"{layer.relative_rms_error:.4f}"
-            shape = f"{layer.shape[0]} x {layer.shape[1]}"
-            lines.append(
-                f"{layer.name:<48} {shape:>14} {layer.group_size:>5} {layer.bits_per_weight:>5.2f} {error:>10}"
-            )
-        lines += [f"left alone: {entry.name}: {entry.reason}" for entry in self.left_alone]
-        lines += [f"note: {note}" for note in self.notes]
-        count = f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
-        done = f"{count} quantized" if self.layers else "nothing was quantized"
-        lines.append(f"{done}; {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB")
-        return "\n".join(lines)
+from squish_nf4.report import LayerReport, QuantizeReport, weigh
+from squish_nf4.transformers_models import untie
 
 
 def quantize_model(
@@ -75,11 +24,12 @@ def quantize_model(
 ) -> QuantizeReport:
     """Replace the linear layers of a model by NF4Linear, in place.
 
-    Tied weights stay tied. Left alone and reported: output heads (lm_head) and layers tied to an embedding, unless
-    ``only`` names them; layers whose parent reads their weight itself (nn.MultiheadAttention,
-    nn.TransformerEncoderLayer); modules that a transformers model keeps in float32, unless ``only`` names them;
-    parametrized layers, layers with hooks, and subclasses of nn.Linear with a forward of their own. All weights are
-    looked at before the first is replaced: if one is refused, the model is as it was.
+    Tied weights stay tied. Left alone and reported, unless ``only`` names them: output heads, layers tied to an
+    embedding, modules that a transformers model keeps in float32, and trainable layers of a model that is frozen in
+    part, such as adapters. Always left alone: layers whose weight another module reads instead of calling them, as its
+    source says; parametrized layers, layers with hooks or with more than a weight and a bias, and subclasses of
+    nn.Linear with a forward of their own. All weights are looked at before the first is replaced: if one is refused,
+    the model is as it was. Then each dense weight is freed when its layer is replaced.
 
     Args:
         model: any module; on the meta device it becomes the empty structure to load a saved state into.
@@ -107,21 +57,22 @@ def quantize_model(
     candidates, left_alone, notes = choose(model, skip, only)
     for candidate in candidates:
         _require_finite(candidate)
-    before = bytes_of(model)
+    before, _ = weigh(model)
+    notes += [_untie(model, candidate) for candidate in candidates if candidate.tied_to is not None]
     layers: list[LayerReport] = []
-    replaced: dict[int, NF4Linear] = {}
-    for candidate in candidates:
-        layer, report = _quantize(candidate, group_size, replaced.get(id(candidate.module.weight)))
-        replaced[id(candidate.module.weight)] = layer
-        for parent, attribute, _ in candidate.places:
-            setattr(parent, attribute, layer)
-        layers.append(report)
+    replaced: dict[tuple[int, bool], NF4Linear] = {}
+    candidates.reverse()
+    while candidates:  # emptied as it goes: a dense weight is freed when its layer is replaced
+        layers.append(_replace(candidates.pop(), group_size, replaced))
     notes += _lost_on_meta(model)
-    return QuantizeReport(tuple(layers), tuple(left_alone), tuple(notes), before, bytes_of(model))
+    after, dense = weigh(model)
+    return QuantizeReport(tuple(layers), tuple(left_alone), tuple(notes), before, after, dense)
 
 
 def dequantize_model(model: nn.Module) -> tuple[str, ...]:
-    """Replace every NF4Linear of a model by the nn.Linear that it computes, in place; tied weights stay tied.
+    """Replace every NF4Linear of a model by the dense layer that it computes, in place; tied weights stay tied.
+
+    The layer is an nn.Linear, or what was there before: Conv1D and FalconLinear of transformers.
 
     Returns:
         The names of the replaced layers.
@@ -132,17 +83,17 @@ def dequantize_model(model: nn.Module) -> tuple[str, ...]:
     _require_module("dequantize_model", model)
     if isinstance(model, NF4Linear):
         raise TypeError("dequantize_model: a bare NF4Linear cannot be replaced in place; use its to_linear()")
-    dense: dict[int, nn.Linear] = {}
-    weights: dict[int, Tensor] = {}
+    dense: dict[int, nn.Module] = {}
+    weights: dict[tuple[int, bool], nn.Parameter] = {}
     names = []
     for parent, attribute, name, module in list(children(model)):
         if not isinstance(module, NF4Linear):
             continue
         if id(module) not in dense:
-            linear = module.to_linear()
-            linear.weight = weights.setdefault(id(module.weight), linear.weight)
-            linear.bias = module.bias
-            dense[id(module)] = linear
+            layer = as_it_was(module)
+            layer.weight = weights.setdefault((id(module.weight), is_conv1d(layer)), layer.weight)  # type: ignore[arg-type]
+            layer.bias = module.bias
+            dense[id(module)] = layer
         setattr(parent, attribute, dense[id(module)])
         names.append(name)
     return tuple(names)
@@ -154,7 +105,7 @@ def _require_module(function: str, model: object) -> None:
 
 
 def _require_finite(candidate: Candidate) -> None:
-    weight = candidate.module.weight.detach()
+    weight = as_linear(candidate.module).weight.detach()
     if not may_look(weight) or weight.numel() == 0 or all(bool(bound.isfinite()) for bound in weight.aminmax()):
         return
     row, column = (int(i) for i in (~weight.isfinite()).nonzero()[0])
@@ -164,17 +115,28 @@ def _require_finite(candidate: Candidate) -> None:
     )
 
 
-def _quantize(candidate: Candidate, group_size: int, tied: NF4Linear | None) -> tuple[NF4Linear, LayerReport]:
-    linear = candidate.module
-    group_size = cheapest_group_size(linear.in_features, group_size)
-    layer = NF4Linear.from_linear(linear, group_size)
-    if tied is not None:
+def _untie(model: nn.Module, candidate: Candidate) -> str:
+    """Part a weight from the dense one that it is; a note that says so."""
+    note = f"{candidate.name}.weight was tied to {candidate.tied_to}, which stays dense: they are separate now"
+    configured = untie(model, candidate.module, candidate.names)
+    return f"{note}, and config.tie_word_embeddings is False" if configured else note
+
+
+def _replace(candidate: Candidate, group_size: int, replaced: dict[tuple[int, bool], NF4Linear]) -> LayerReport:
+    """Put an NF4Linear in every place of a layer. replaced: what was made before, by weight and layout."""
+    linear = as_linear(candidate.module)
+    layer = NF4Linear.from_linear(linear, cheapest_group_size(linear.in_features, group_size))
+    remember_class(layer, candidate.module)
+    key = (id(weight_of(candidate.module)), is_conv1d(candidate.module))
+    if (tied := replaced.setdefault(key, layer)) is not layer:
         layer.weight, layer.scales = tied.weight, tied.scales
     if linear.bias is not None and not linear.bias.is_inference():
         layer.bias = linear.bias  # itself, not a copy: another module may hold it too
+    for parent, attribute, _ in candidate.places:
+        setattr(parent, attribute, layer)
     shape = (linear.out_features, linear.in_features)
     error = _relative_rms_error(linear.weight.detach(), layer)
-    return layer, LayerReport(candidate.name, shape, layer.group_size, layer.bits_per_weight, error)
+    return LayerReport(candidate.name, shape, layer.group_size, layer.bits_per_weight, error)
 
 
 def _relative_rms_error(weight: Tensor, layer: NF4Linear) -> float | None:
@@ -192,9 +154,3 @@ def _lost_on_meta(model: nn.Module) -> list[str]:
         if module._buffers.get(buffer) is not None and module._buffers[buffer].is_meta
     ]
     return [f"on meta and in no state_dict, build again after loading: {', '.join(lost)}"] if lost else []
-
-
-def bytes_of(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each once."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.nbytes for t in tensors.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,11 +15,15 @@ def offline_and_quiet() -> Iterator[None]:
     wanted = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
+    bitsandbytes = logging.getLogger("bitsandbytes")  # peft imports it, and it tells what it could not load
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        bitsandbytes.setLevel(level)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

@@ -305,7 +305,9 @@ def test_the_models_ties_stay(tmp_path: Path, make: Callable[[], nn.Module], nam
     model = make()
     report = load_into(model, path)
     assert report.nf4 == ("a.weight",)
-    assert report.decoded == {"embed.weight": "it is tied to embed.weight"}
+    assert report.decoded == {
+        "embed.weight": "embed.weight is the same tensor, and stays dense: Embedding is not nn.Linear"
+    }
     assert model.a.weight is model.b.weight
     assert model.a.scales is model.b.scales
     assert model.a.bias is not model.b.bias
@@ -346,6 +348,44 @@ def test_layers_that_nf4_would_break_are_decoded_with_the_reason(tmp_path: Path)
     assert report.nf4 == ("plain.weight",)
     assert report.decoded["attention.out_proj.weight"] == "nn.MultiheadAttention reads its weight itself"
     assert torch.equal(model["attention"].out_proj.weight, load_npy_dir(path)["attention.out_proj.weight"])
+
+
+class ReadsItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.proj.weight
+
+
+def test_a_layer_whose_weight_its_parent_reads_is_decoded(tmp_path: Path) -> None:
+    model = nn.Sequential(ReadsItself())
+    report = load_into(model, converted(model, tmp_path / "dir"))
+    assert report.nf4 == ()
+    assert report.decoded["0.proj.weight"].startswith("ReadsItself reads its weight itself (test_load_into.py:")
+
+
+def test_a_tied_layer_is_decoded_for_the_reason_of_the_one_that_it_is_tied_to(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+    model["b"].weight = model["a"].weight
+    model["b"].register_forward_hook(lambda *_: None)
+    report = load_into(model, converted(model, tmp_path / "dir"))
+    assert report.decoded == {"a.weight": "b.weight is the same tensor, and stays dense: it has hooks"}
+
+
+def test_what_somebody_hung_on_a_layer_is_filled_and_stays(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        layer = nn.Linear(64, 64)
+        layer.register_buffer("steps", torch.arange(3))
+        return nn.Sequential(layer)
+
+    path = converted(make(), tmp_path / "dir")
+    model = make()
+    model[0].steps.zero_()
+    report = load_into(model, path)
+    assert report.decoded == {"0.weight": "it holds more than a weight and a bias: steps"}
+    assert model[0].steps.tolist() == [0, 1, 2]
 
 
 def test_the_model_itself_may_be_a_linear(tmp_path: Path) -> None:

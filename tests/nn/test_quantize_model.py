@@ -288,8 +288,8 @@ def test_the_report_reads_well() -> None:
     text = str(quantize_model(Model(), skip="layers.1")).splitlines()
     assert text[0].split() == ["layer", "shape", "group", "bits", "rel.", "error"]
     assert text[1].split()[:6] == ["layers.0.up", "128", "x", "64", "64", "4.50"]
-    assert "left alone: lm_head: an output head; name it in only to quantize it" in text
-    assert text[-1].startswith("2 layers quantized; 0.2 MB -> 0.1 MB")
+    assert "left alone: lm_head: 12.8 kB: an output head; name it in only to quantize it" in text
+    assert text[-1] == "2 layers quantized; 0.2 MB -> 0.1 MB, of which 91% are dense"
 
 
 def test_one_layer_is_not_two() -> None:

@@ -35,7 +35,8 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', re.MULTILINE)
 PACKAGE_ROOMS: dict[str, set[str]] = {
     "operators": set(),  # the modules of OPERATORS
     "nn": {"operators"},
-    "model": {"operators", "nn"},  # the modules of MODEL
+    "source_scan": set(),
+    "model": {"operators", "nn", "source_scan"},  # the modules of MODEL
     "torchscript": {"operators", "nn"},
     "checkpoint": {"operators"},  # the ground: values, files, resources, messages
     "checkpoint.source": {"operators", "checkpoint"},
@@ -51,7 +52,7 @@ PACKAGE_ROOMS: dict[str, set[str]] = {
     },
 }
 OPERATORS = {"_version", "_build_info", "_native", "_C", "layout", "replace", "ops", "vmap", "flops", "decompositions"}
-MODEL = {"choose", "model"}
+MODEL = {"choose", "linear_kinds", "model", "report", "transformers_models"}
 FACE = {"__init__", "checkpoint.__init__"}  # what they import is imported when it is asked for, or is all below
 COMMAND_LINE_ONLY = {"typer", "rich", "click", "matplotlib", "sentence_transformers", "transformers"}
 

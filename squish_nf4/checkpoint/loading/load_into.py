@@ -31,6 +31,7 @@ from squish_nf4.checkpoint.loading.slots import (
 from squish_nf4.checkpoint.messages import listed, shown, visible
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.choose import Candidate, replaceable
+from squish_nf4.linear_kinds import as_linear, weight_of
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,14 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     take_all_or_none(replacements)
     for fill in fills:
         fill()
-    filled = {filling.slot.name for filling in fillings}
+    known = {*missing, *(filling.slot.name for filling in fillings)}
     return LoadReport(
         nf4=tuple(filling.slot.name for filling in fillings if filling.stays_nf4),
         decoded={filling.slot.name: filling.why_dense for filling in fillings if filling.why_dense},
         kept=tuple(filling.slot.name for filling in fillings if filling.stored.kind == "kept"),
         missing=tuple(missing),
         extra=tuple(extra),
-        on_meta=tuple(slot.name for slot in slots if slot.tensor.is_meta and slot.name not in {*filled, *missing}),
+        on_meta=tuple(slot.name for slot in slots if slot.tensor.is_meta and slot.name not in known),
     )
 
 
@@ -120,7 +121,7 @@ def pair(model: nn.Module, slots: list[Slot], directory: SquishDirectory) -> lis
     layers, dense = replaceable(model, lambda name: name in stored and stored[name].kind == "nf4")
     layers_of: defaultdict[int, list[Candidate]] = defaultdict(list)
     for layer in layers:
-        layers_of[id(layer.module.weight)].append(layer)
+        layers_of[id(weight_of(layer.module))].append(layer)
     fillings = []
     for slot in slots:
         if tensor := find_stored(slot, directory):
@@ -167,7 +168,7 @@ def reason_to_decode(
         return next((dense[name] for name in slot.names if name in dense), default)
     if stored.matrix_shape != slot.shape:
         return f"stored in rows of {stored.matrix_shape[1]}"
-    return next(filter(None, (reason_in_layer(candidate.module) for candidate in linears)), None)
+    return next(filter(None, (reason_in_layer(as_linear(candidate.module)) for candidate in linears)), None)
 
 
 def reason_in_layer(linear: nn.Linear) -> str | None:

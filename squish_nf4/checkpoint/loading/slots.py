@@ -17,6 +17,7 @@ from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor, as_torch
 from squish_nf4.checkpoint.messages import listed, shorten, shown
 from squish_nf4.checkpoint.values import dtype_name
 from squish_nf4.choose import Candidate
+from squish_nf4.linear_kinds import as_linear, remember_class
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.nn.packed_weight import PackedWeight
 
@@ -217,18 +218,20 @@ def put(layer: NF4Linear, weight: Tensor, scales: Tensor, group_size: int) -> No
     layer.weight, layer.scales, layer.group_size = weight, scales, group_size
 
 
-def as_nf4(linear: nn.Linear, weight: PackedWeight, scales: Tensor, group_size: int) -> NF4Linear:
+def as_nf4(module: nn.Module, weight: PackedWeight, scales: Tensor, group_size: int) -> NF4Linear:
     """An NF4Linear on these bytes for a dense layer, still without its bias."""
+    linear = as_linear(module)
     sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
     layer = NF4Linear(*sizes, linear.bias is not None, group_size=group_size, device="meta", dtype=dtype)
     put(layer, weight, scales, group_size)
     layer.train(linear.training)
+    remember_class(layer, module)
     return layer
 
 
-def place(candidate: Candidate, layer: nn.Linear) -> None:
+def place(candidate: Candidate, layer: NF4Linear) -> None:
     """Puts a layer in every place of a dense one, with the bias that this one has by now."""
-    layer.bias = candidate.module.bias
+    layer.bias = as_linear(candidate.module).bias
     for parent, attribute, _ in candidate.places:
         setattr(parent, attribute, layer)
 

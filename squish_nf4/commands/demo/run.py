@@ -24,7 +24,8 @@ from squish_nf4.commands.demo.agreement import Agreement, agreement_of
 from squish_nf4.commands.demo.model import encode, load_model, model_folder, require_extras
 from squish_nf4.commands.demo.sentences import SENTENCES
 from squish_nf4.commands.inspect.page import write_page
-from squish_nf4.model import QuantizeReport, bytes_of, quantize_model
+from squish_nf4.model import quantize_model
+from squish_nf4.report import QuantizeReport, weigh
 
 Step = Callable[[str], AbstractContextManager[None]]
 
@@ -130,7 +131,7 @@ def run(
         page = write_page(inspection, output / PAGE)
     return DemoReport(
         sentences=len(sentences),
-        model_bytes=(bytes_of(dense), bytes_of(nf4)),
+        model_bytes=(weigh(dense)[0], weigh(nf4)[0]),
         quantized=quantized,
         agreement=agreement,
         in_one_batch=in_one_batch,

@@ -1,0 +1,1 @@
+"""Which modules of a model read the weights of others: what their source says."""

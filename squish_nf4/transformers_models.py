@@ -1,0 +1,79 @@
+"""What a transformers model says of itself: its output heads, what it keeps in float32, and what it ties.
+
+transformers is not imported: a class with ``base_model_prefix`` is one of its models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+
+def _pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of each transformers model that the model is or holds."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(type(module), "base_model_prefix", None), str):
+            yield name, module
+
+
+def kept_in_float32(model: nn.Module) -> dict[str, str]:
+    """Patterns of the modules that a transformers model casts activations for, and the class that says so."""
+    patterns: dict[str, str] = {}
+    for module in model.modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            for pattern in getattr(module, attribute, None) or ():
+                patterns.setdefault(pattern, type(module).__name__)
+    return patterns
+
+
+def output_heads(model: nn.Module) -> set[int]:
+    """Ids of the modules that turn what the base model computes into results: lm_head, score, classifier.
+
+    They are what stands beside the base model and in no other transformers model, as the vision tower beside a language
+    model is one.
+    """
+    heads: set[int] = set()
+    for _, module in _pretrained(model):
+        base = module._modules.get(str(getattr(type(module), "base_model_prefix", "")))
+        if base is not None:
+            heads |= set(_ids_outside(module, base)) - {id(each) for each in base.modules()}
+        if (head := _output_embeddings(module)) is not None:
+            heads.add(id(head))
+    return heads
+
+
+def _ids_outside(module: nn.Module, base: nn.Module) -> Iterator[int]:
+    for child in module.children():
+        if child is not base and not isinstance(getattr(type(child), "base_model_prefix", None), str):
+            yield id(child)
+            yield from _ids_outside(child, base)
+
+
+def _output_embeddings(module: nn.Module) -> Any:
+    try:
+        return module.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):  # a model without them
+        return None
+
+
+def untie(model: nn.Module, head: nn.Module, names: Iterable[str]) -> bool:
+    """Have transformers models tie the head of these names to their embedding no more; whether one of them did."""
+    changed = False
+    for prefix, module in _pretrained(model):
+        tied: Any = getattr(module, "all_tied_weights_keys", None)
+        for name in names if isinstance(tied, dict) else ():
+            tied.pop(f"{name.removeprefix(prefix + '.' if prefix else '')}.weight", None)
+        if _output_embeddings(module) is head:
+            for config in _configs(module):
+                changed |= bool(getattr(config, "tie_word_embeddings", False))
+                config.tie_word_embeddings = False
+    return changed
+
+
+def _configs(module: nn.Module) -> list[Any]:
+    """The configuration of a model, and that of its decoder, where older releases look for it."""
+    config: Any = getattr(module, "config", None)
+    of_text = getattr(config, "get_text_config", None)
+    return [each for each in (config, of_text(decoder=True) if callable(of_text) else None) if each is not None]

@@ -1,0 +1,275 @@
+"""quantize_model on models of transformers: what is read or a head stays dense, and what is quantized works."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from squish_nf4 import NF4Linear, dequantize_model, quantize_model
+from tests.support.helpers import names, reasons, require_transformers, required_module
+from tests.support.transformers_models import BOTH, GROUPED, IDS, OTHERS, READERS, SIZES, falcon, gpt2, made, t5
+
+
+def results(model: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    cast = {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    with torch.no_grad():
+        out = model(**cast)
+    kinds = ("logits", "logits_per_image", "embeddings", "last_hidden_state")
+    return next(out[kind] for kind in kinds if out.get(kind) is not None).float()
+
+
+def require_as_its_twin(model: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> None:
+    """The dense model whose weights are what the NF4 layers decode to gives the same, within rounding."""
+    twin = copy.deepcopy(model)
+    dequantize_model(twin)
+    found, exact = results(model, inputs, dtype), results(twin, inputs, dtype)
+    error = float((found - exact).norm() / exact.norm())
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def read_layers(report: Any) -> set[str]:
+    return {name for name, reason in reasons(report).items() if "reads its weight itself (modeling_" in reason}
+
+
+@pytest.mark.sweeps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", READERS)
+def test_layers_that_a_model_reads_stay_dense_and_it_works(name: str, dtype: torch.dtype) -> None:
+    require_transformers()
+    make, read = READERS[name]
+    model, inputs = make()
+    model = model.to(dtype)
+    if name == "Gemma3n":  # what it reads, it reads in training
+        model.train()
+    by_default, all_of_it = copy.deepcopy(model), model
+    found = read_layers(quantize_model(by_default, group_size=32))
+    require_as_its_twin(by_default, inputs, dtype)
+    report = quantize_model(all_of_it, group_size=32, only="*")
+    assert {layer.split(".")[-1] for layer in read_layers(report)} == read
+    assert found <= read_layers(report)
+    assert len(report.layers) > 1
+    require_as_its_twin(all_of_it, inputs, dtype)
+
+
+@pytest.mark.sweeps
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_read_no_weights_are_quantized_whole(name: str) -> None:
+    require_transformers()
+    make, layers = OTHERS[name]
+    model, inputs = make()
+    report = quantize_model(model, group_size=32)
+    assert read_layers(report) == set()
+    assert len(report.layers) == layers
+    require_as_its_twin(model, inputs, torch.float32)
+
+
+def test_only_does_not_quantize_what_t5_reads() -> None:
+    require_transformers()
+    model, inputs = t5()
+    report = quantize_model(model, only=["wo"])
+    assert report.layers == ()
+    assert all("only" not in reason for name, reason in reasons(report).items() if name.endswith("wo"))
+    require_as_its_twin(model, inputs, torch.float32)
+    assert inputs is BOTH
+
+
+# --- layers of other classes ------------------------------------------------------------------------------------------
+
+
+def test_conv1d_is_quantized_and_comes_back_as_it_was() -> None:
+    require_transformers()
+    dense, _ = gpt2()
+    model = copy.deepcopy(dense)
+    report = quantize_model(model)
+    assert "transformer.h.0.attn.c_attn" in names(report)
+    assert report.layers[0].shape == (192, 64)
+    assert report.layers[0].relative_rms_error < 0.12
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    expected = model(IDS).logits
+    dequantize_model(model)
+    before, after = dense.transformer.h[0].attn.c_attn, model.transformer.h[0].attn.c_attn
+    assert type(after) is type(before)
+    assert vars(after).keys() == vars(before).keys() - {"_is_hf_initialized"}
+    assert (after.nf, after.nx, after.weight.shape) == (before.nf, before.nx, before.weight.shape)
+    assert after.weight.is_contiguous()
+    assert 0 < ((after.weight - before.weight).norm() / before.weight.norm()).item() < 0.12
+    assert torch.equal(after.bias, before.bias)
+    assert model.state_dict().keys() == dense.state_dict().keys()
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tied_conv1ds_stay_tied_there_and_back() -> None:
+    require_transformers()
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(64, 64), Conv1D(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[2].weight = model[0].weight  # the last one reads it the other way round
+    x = torch.randn(3, 64)
+    quantize_model(model, group_size=32)
+    assert model[0].weight is model[1].weight
+    assert model[0].weight is not model[2].weight
+    expected = model(x)
+    dequantize_model(model)
+    assert model[0].weight is model[1].weight
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_falcon_linear_is_quantized_and_comes_back_as_it_was() -> None:
+    require_transformers()
+    model, _ = falcon()
+    kind = type(model.transformer.h[0].mlp.dense_h_to_4h)
+    assert kind is not nn.Linear
+    quantize_model(model)
+    expected = model(IDS).logits
+    assert isinstance(model.transformer.h[0].mlp.dense_h_to_4h, NF4Linear)
+    dequantize_model(model)
+    assert type(model.transformer.h[0].mlp.dense_h_to_4h) is kind
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+class Conv1D(nn.Module):
+    """Of that name, and not of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nf = self.nx = 64
+        self.weight, self.bias = nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.zeros(64))
+
+
+def test_another_conv1d_is_left_alone() -> None:
+    assert reasons(quantize_model(nn.Sequential(Conv1D()))) == {"0": "Conv1D is not nn.Linear"}
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+HEAD = "an output head; name it in only to quantize it"
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [
+        ("LlamaForSequenceClassification", {"score"}),
+        ("BertForSequenceClassification", {"classifier"}),
+        ("BertForQuestionAnswering", {"qa_outputs"}),
+        ("BertForMaskedLM", {"cls.predictions.transform.dense", "cls.predictions.decoder"}),
+        ("LlamaForCausalLM", {"lm_head"}),
+        ("BertModel", set()),
+    ],
+)
+def test_heads_are_left_alone_unless_only_names_them(kind: str, heads: set[str]) -> None:
+    require_transformers()
+    sizes = GROUPED if kind.startswith("Llama") else SIZES
+    model, _ = made(kind, {}, **sizes)
+    report = quantize_model(model)
+    assert {name for name, reason in reasons(report).items() if reason == HEAD} == heads
+    assert not heads & {*names(report)}
+    if heads:
+        assert {*names(quantize_model(model, only=[*heads]))} == heads
+
+
+def test_what_get_output_embeddings_returns_is_a_head() -> None:
+    class Decoder(nn.Module):
+        base_model_prefix = "missing"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.to_words = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.to_words
+
+    assert reasons(quantize_model(Decoder())) == {"to_words": HEAD}
+
+
+def test_a_tower_beside_the_base_model_is_no_head() -> None:
+    class Pretrained(nn.Module):
+        base_model_prefix = "language_model"
+
+        def __init__(self, **parts: nn.Module) -> None:
+            super().__init__()
+            for name, part in parts.items():
+                self.add_module(name, part)
+
+    def tower() -> nn.Module:
+        return Pretrained(layer=nn.Linear(64, 64))
+
+    model = Pretrained(language_model=tower(), vision=tower(), score=nn.Linear(64, 4))
+    report = quantize_model(model)
+    assert names(report) == ["language_model.layer", "vision.layer"]
+    assert reasons(report) == {"score": HEAD}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("order", ["quantize, then adapters", "adapters, then quantize"])
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "BertForSequenceClassification"])
+def test_a_classifier_with_adapters_trains_its_head(kind: str, order: str) -> None:
+    require_transformers()
+    peft = required_module("peft")
+    sizes = {**GROUPED, "pad_token_id": 0} if kind.startswith("Llama") else SIZES
+    model: Any = made(kind, {}, **sizes)[0]
+    adapters = peft.LoraConfig(task_type="SEQ_CLS", r=4)
+    if order == "quantize, then adapters":
+        quantize_model(model, group_size=32)
+        model = peft.get_peft_model(model, adapters)
+    else:
+        model = peft.get_peft_model(model, adapters)
+        quantize_model(model, group_size=32)
+    assert any(isinstance(module, NF4Linear) for module in model.modules())
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert {part for name in trained for part in ("lora_A", "lora_B", "modules_to_save") if part in name} == {
+        *("lora_A", "lora_B", "modules_to_save")
+    }
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=IDS, labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = dict(model.named_parameters())
+    assert all(not torch.equal(value, after[name]) for name, value in trained.items())
+
+
+# --- a head that is tied no more --------------------------------------------------------------------------------------
+
+
+def test_an_untied_head_stays_untied() -> None:
+    require_transformers()
+    model: Any = made("LlamaForCausalLM", {}, **GROUPED, tie_word_embeddings=True)[0]
+    report = quantize_model(model, only=["lm_head"])
+    assert report.notes == (
+        "lm_head.weight was tied to model.embed_tokens.weight, which stays dense: they are separate now, "
+        "and config.tie_word_embeddings is False",
+    )
+    packed = model.lm_head.weight
+    expected = model(IDS).logits
+    for recompute in (True, False):
+        model.tie_weights(recompute_mapping=recompute)
+    assert model.lm_head.weight is packed
+    assert model.config.tie_word_embeddings is False
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_head_that_stays_tied_keeps_its_configuration() -> None:
+    require_transformers()
+    model: Any = made("LlamaForCausalLM", {}, **GROUPED, tie_word_embeddings=True)[0]
+    quantize_model(model)
+    assert model.config.tie_word_embeddings is True
+
+
+def test_a_refused_weight_leaves_the_configuration_as_it_was() -> None:
+    require_transformers()
+    model: Any = made("LlamaForCausalLM", {}, **GROUPED, tie_word_embeddings=True)[0]
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the model was not changed"):
+        quantize_model(model, only=["lm_head"])
+    assert model.config.tie_word_embeddings is True
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
