@@ -24,7 +24,7 @@ from squish_nf4.checkpoint.audit.diff import TensorDiff  # noqa: E402
 from squish_nf4.checkpoint.audit.inspection import Inspected  # noqa: E402
 from squish_nf4.checkpoint.audit.measure import Group, Nf4Numbers  # noqa: E402
 from squish_nf4.checkpoint.conversion.plan import Planned  # noqa: E402
-from squish_nf4.report import LayerReport, LeftAlone  # noqa: E402
+from squish_nf4.model.report import LayerReport, LeftAlone  # noqa: E402
 
 PAGE = ROOT / "docs" / "api.md"
 WIDTH = 120

@@ -23,11 +23,11 @@ except ImportError as reason:
 from squish_nf4 import flops, vmap
 from squish_nf4.decompositions import decompositions
 from squish_nf4.layout import pick_group_size
-from squish_nf4.model import dequantize_model, quantize_model
+from squish_nf4.model.quantize import dequantize_model, quantize_model
+from squish_nf4.model.report import QuantizeReport
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.nn.packer import NF4Packer
 from squish_nf4.ops import dequantize_nf4, linear_nf4, quantize_nf4
-from squish_nf4.report import QuantizeReport
 
 vmap.register()
 flops.register()

@@ -16,7 +16,7 @@ from squish_nf4.commands.terminal import size
 
 if TYPE_CHECKING:
     from squish_nf4.integrations.model_source import ExportReport
-    from squish_nf4.report import QuantizeReport
+    from squish_nf4.model.report import QuantizeReport
 
 
 def command(

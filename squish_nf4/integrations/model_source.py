@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from squish_nf4.integrations.offline import offline_and_quiet
-from squish_nf4.model import quantize_model
+from squish_nf4.model.quantize import quantize_model
+from squish_nf4.model.report import QuantizeReport
 from squish_nf4.nn.linear import NF4Linear
-from squish_nf4.report import QuantizeReport
 from squish_nf4.torchscript.export import TorchScriptReport, export_torchscript
 from squish_nf4.torchscript.refusals import TorchScriptError, place_of, refuse_target
 

@@ -1,1 +1,1 @@
-"""squish_nf4/nn, model.py and choose.py: layers on packed bytes, their state, and whole models."""
+"""squish_nf4/nn and squish_nf4/model: layers on packed bytes, their state, and whole models."""

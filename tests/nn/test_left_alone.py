@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from squish_nf4 import NF4Linear, dequantize_model, quantize_model
-from squish_nf4.choose import replaceable
-from squish_nf4.report import LeftAlone, QuantizeReport
+from squish_nf4.model.choose import replaceable
+from squish_nf4.model.report import LeftAlone, QuantizeReport
 from tests.support.helpers import names, reasons, required_module
 
 # --- what is being trained --------------------------------------------------------------------------------------------

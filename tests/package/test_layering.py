@@ -35,8 +35,8 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', re.MULTILINE)
 PACKAGE_ROOMS: dict[str, set[str]] = {
     "operators": set(),  # the modules of OPERATORS
     "nn": {"operators"},
-    "source_scan": set(),
-    "model": {"operators", "nn", "source_scan"},  # the modules of MODEL
+    "model": {"operators", "nn", "model.source_scan"},
+    "model.source_scan": set(),
     "torchscript": {"operators", "nn"},
     "checkpoint": {"operators"},  # the ground: values, files, resources, messages
     "checkpoint.source": {"operators", "checkpoint"},
@@ -52,7 +52,6 @@ PACKAGE_ROOMS: dict[str, set[str]] = {
     },
 }
 OPERATORS = {"_version", "_build_info", "_native", "_C", "layout", "replace", "ops", "vmap", "flops", "decompositions"}
-MODEL = {"choose", "linear_kinds", "model", "report", "transformers_models"}
 FACE = {"__init__", "checkpoint.__init__"}  # what they import is imported when it is asked for, or is all below
 COMMAND_LINE_ONLY = {"typer", "rich", "click", "matplotlib", "sentence_transformers", "transformers"}
 
@@ -125,8 +124,6 @@ def modules() -> dict[str, Path]:
 def room_of(module: str) -> str:
     if module in OPERATORS:
         return "operators"
-    if module in MODEL:
-        return "model"
     return max((room for room in PACKAGE_ROOMS if module.startswith(f"{room}.")), key=len)
 
 
@@ -222,12 +219,13 @@ def test_library_imports_nothing_that_only_a_terminal_needs() -> None:
 def test_reader_of_imports_sees_them(tmp_path: Path) -> None:
     file = tmp_path / "file.py"
     file.write_text(
-        "import squish_nf4.model\nfrom squish_nf4 import _C, convert, ops\nfrom squish_nf4.checkpoint import values\n"
+        "import squish_nf4.model.quantize\nfrom squish_nf4 import _C, convert, ops\n"
+        "from squish_nf4.checkpoint import values\n"
         "if TYPE_CHECKING:\n    from squish_nf4.nn.linear import NF4Linear\n"
         "def f():\n    from squish_nf4.checkpoint import convert\n"
     )
     assert own_imports(file) == {
-        "model",
+        "model.quantize",
         "_C",
         "ops",
         "checkpoint.values",

@@ -30,8 +30,8 @@ from squish_nf4.checkpoint.loading.slots import (
 )
 from squish_nf4.checkpoint.messages import listed, shown, visible
 from squish_nf4.checkpoint.resources import require_memory
-from squish_nf4.choose import Candidate, replaceable
-from squish_nf4.linear_kinds import as_linear, weight_of
+from squish_nf4.model.choose import Candidate, replaceable
+from squish_nf4.model.linear_kinds import as_linear, weight_of
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.nn.parameter import is_lazy
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor, as_torch
 from squish_nf4.checkpoint.messages import listed, shorten, shown
 from squish_nf4.checkpoint.values import dtype_name
-from squish_nf4.choose import Candidate
-from squish_nf4.linear_kinds import as_linear, remember_class
+from squish_nf4.model.choose import Candidate
+from squish_nf4.model.linear_kinds import as_linear, remember_class
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.nn.packed_weight import PackedWeight
 

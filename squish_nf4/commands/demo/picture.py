@@ -13,7 +13,7 @@ from squish_nf4.replace import written_beside
 
 if TYPE_CHECKING:
     from squish_nf4.commands.demo.agreement import Agreement
-    from squish_nf4.report import LayerReport, QuantizeReport
+    from squish_nf4.model.report import LayerReport, QuantizeReport
 
 ROLES = {
     "attention.self.query": "query",

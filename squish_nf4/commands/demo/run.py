@@ -24,8 +24,8 @@ from squish_nf4.commands.demo.agreement import Agreement, agreement_of
 from squish_nf4.commands.demo.model import encode, load_model, model_folder, require_extras
 from squish_nf4.commands.demo.sentences import SENTENCES
 from squish_nf4.commands.inspect.page import write_page
-from squish_nf4.model import quantize_model
-from squish_nf4.report import QuantizeReport, weigh
+from squish_nf4.model.quantize import quantize_model
+from squish_nf4.model.report import QuantizeReport, weigh
 
 Step = Callable[[str], AbstractContextManager[None]]
 

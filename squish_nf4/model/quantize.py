@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from squish_nf4.choose import Candidate, as_patterns, children, choose
 from squish_nf4.layout import cheapest_group_size
-from squish_nf4.linear_kinds import as_it_was, as_linear, is_conv1d, remember_class, weight_of
+from squish_nf4.model.choose import Candidate, as_patterns, children, choose
+from squish_nf4.model.linear_kinds import as_it_was, as_linear, is_conv1d, remember_class, weight_of
+from squish_nf4.model.report import LayerReport, QuantizeReport, weigh
+from squish_nf4.model.transformers_models import untie
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.ops import may_look, relative_error, survey_nf4
-from squish_nf4.report import LayerReport, QuantizeReport, weigh
-from squish_nf4.transformers_models import untie
 
 
 def quantize_model(

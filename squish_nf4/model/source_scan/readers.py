@@ -20,8 +20,8 @@ from types import CodeType, FunctionType
 
 from torch import Tensor, nn
 
-from squish_nf4.source_scan.conditions import truth
-from squish_nf4.source_scan.method import MethodReads, Read, Steps
+from squish_nf4.model.source_scan.conditions import truth
+from squish_nf4.model.source_scan.method import MethodReads, Read, Steps
 
 # Methods that make, load, tie or change a model: they compute no activations, or say themselves what they need.
 OTHER_WORK = (

@@ -12,12 +12,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from squish_nf4.linear_kinds import has_forward_of_linear, is_linear, shape_wanted, weight_of
+from squish_nf4.model.linear_kinds import has_forward_of_linear, is_linear, shape_wanted, weight_of
+from squish_nf4.model.report import LeftAlone
+from squish_nf4.model.source_scan.readers import weight_readers
+from squish_nf4.model.transformers_models import kept_in_float32, output_heads
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.ops import COMPUTE_DTYPES
-from squish_nf4.report import LeftAlone
-from squish_nf4.source_scan.readers import weight_readers
-from squish_nf4.transformers_models import kept_in_float32, output_heads
 
 HEAD_NAMES = ("lm_head", "embed_out")  # quantized only if `only` names them: errors there reach the output directly
 
