@@ -55,10 +55,10 @@ def with_a_bias_of_another_kind() -> nn.Sequential:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: with_weight(2, 3, 32), "stored in rows of 32"),
-        (lambda: with_weight(3, 32), "its layer says (6, 32), and the weight has another shape"),
-        (lambda: with_weight(6, 16), "its layer says (6, 32), and the weight has another shape"),
-        (with_a_bias_of_another_kind, "the bias of its layer is no parameter"),
+        (lambda: with_weight(2, 3, 32), "its weight has shape (2, 3, 32), and the layer says that it is (6, 32)"),
+        (lambda: with_weight(3, 32), "its weight has shape (3, 32), and the layer says that it is (6, 32)"),
+        (lambda: with_weight(6, 16), "its weight has shape (6, 16), and the layer says that it is (6, 32)"),
+        (with_a_bias_of_another_kind, "it holds more than a weight and a bias: bias"),
     ],
     ids=["3-D", "pruned rows", "pruned columns", "a buffer as bias"],
 )

@@ -31,7 +31,7 @@ from squish_nf4.checkpoint.loading.slots import (
 from squish_nf4.checkpoint.messages import listed, shown, visible
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.model.choose import Candidate, replaceable
-from squish_nf4.model.linear_kinds import as_linear, weight_of
+from squish_nf4.model.linear_kinds import weight_of
 
 
 @dataclass(frozen=True)
@@ -166,16 +166,7 @@ def reason_to_decode(
         else:
             default = "it is not the weight of an nn.Linear"
         return next((dense[name] for name in slot.names if name in dense), default)
-    if stored.matrix_shape != slot.shape:
-        return f"stored in rows of {stored.matrix_shape[1]}"
-    return next(filter(None, (reason_in_layer(as_linear(candidate.module)) for candidate in linears)), None)
-
-
-def reason_in_layer(linear: nn.Linear) -> str | None:
-    """Why no NF4Linear can be made of this layer's own sizes and bias."""
-    if (linear.out_features, linear.in_features) != tuple(linear.weight.shape):
-        return f"its layer says ({linear.out_features}, {linear.in_features}), and the weight has another shape"
-    return None if "bias" in linear._parameters else "the bias of its layer is no parameter"
+    return None if stored.matrix_shape == slot.shape else f"stored in rows of {stored.matrix_shape[1]}"
 
 
 def prepare(fillings: list[Filling]) -> tuple[list[Replacement], list[Step]]:
