@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -38,6 +39,15 @@ REFUSED: dict[str, Make] = {
     "HRA": lambda peft: peft.HRAConfig(r=4, target_modules=TARGETS),
     "SHiRA": lambda peft: peft.ShiraConfig(r=4, target_modules=TARGETS),
 }
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """BOFT sets CXX=gcc to compile for a GPU, and leaves it set if that fails."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
