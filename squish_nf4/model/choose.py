@@ -20,8 +20,6 @@ from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.ops import COMPUTE_DTYPES
 
 HEAD_NAMES = ("lm_head", "embed_out")  # quantized only if `only` names them: errors there reach the output directly
-
-
 ADVICE = "; name it in only to quantize it"
 OWN = ("weight", "bias")
 HOOKS = (

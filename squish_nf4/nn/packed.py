@@ -72,7 +72,6 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move the bytes and cast the rest: the scales go through ``fn`` as bytes, which no cast touches."""
-
         found = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).dtype
         if found != torch.uint8:  # asked before anything is changed
             raise TypeError(

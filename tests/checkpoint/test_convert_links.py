@@ -10,7 +10,7 @@ import pytest
 
 from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.messages import Progress
-from tests.support.directories import gaussian, is_finished, save_shard
+from tests.support.directories import StoppedError, gaussian, is_finished, save_shard
 
 JOURNAL = "squish_nf4.journal"
 DRAFT = f"{JOURNAL}.part"
@@ -46,9 +46,6 @@ def is_untouched(victim: Path) -> bool:
 
 
 def unfinished(source: Path, out: Path) -> None:
-    class StoppedError(Exception):
-        pass
-
     def stop(progress: Progress) -> None:
         if progress.tensor == "b":
             raise StoppedError

@@ -19,20 +19,12 @@ from squish_nf4.checkpoint.conversion.plan import make_plan
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
 from squish_nf4.checkpoint.messages import Progress
-from tests.support.directories import gaussian, is_finished, save_shard
+from tests.support.directories import StoppedError, gaussian, is_finished, save_shard, save_two_shards
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    for shard in ("1", "2"):
-        tensors = {f"{shard}.weight": gaussian(64, 256, seed=int(shard)), f"{shard}.bias": gaussian(64)}
-        save_shard(tmp_path / "source" / f"{shard}.safetensors", tensors)
-    (tmp_path / "source" / "config.json").write_text("{}")
-    return tmp_path / "source"
-
-
-class StoppedError(Exception):
-    pass
+    return save_two_shards(tmp_path / "source")
 
 
 def files(path: Path) -> dict[str, bytes]:

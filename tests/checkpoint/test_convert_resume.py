@@ -17,7 +17,7 @@ import torch
 
 from squish_nf4.checkpoint.conversion.convert import UnfinishedError, convert
 from squish_nf4.checkpoint.messages import Progress
-from tests.support.directories import contents, gaussian, is_finished, save_index, save_shard
+from tests.support.directories import StoppedError, contents, gaussian, is_finished, save_index, save_shard
 from tests.support.processes import start
 
 JOURNAL = "squish_nf4.journal"
@@ -218,10 +218,6 @@ def test_a_file_gets_its_name_when_the_disk_has_it_and_the_journal_too(
 
 
 # What a resume takes, and what it refuses
-
-
-class StoppedError(Exception):
-    pass
 
 
 def stop_after(n: int) -> Callable[[Progress], None]:

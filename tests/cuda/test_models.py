@@ -18,6 +18,7 @@ from tests.support.directories import save_shard
 from tests.support.gpus import require_a_gpu
 from tests.support.helpers import relative, require_transformers
 from tests.support.models import Llama, eager_minilm, minilm_calls, quantized_llama, require_minilm, some_tokens
+from tests.support.transformers_models import GROUPED, TOKENS, made
 
 NEEDS_NO_GPU = True
 
@@ -63,13 +64,7 @@ def test_a_llama_learns_through_its_frozen_weights(device: torch.device) -> None
 
 def test_transformers_llama_generates_the_same_tokens(device: torch.device) -> None:
     require_transformers()
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        **{"vocab_size": 97, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
-    )
-    on_cpu = LlamaForCausalLM(config).eval()
+    on_cpu, _ = made("LlamaForCausalLM", TOKENS, **GROUPED)
     squish_nf4.quantize_model(on_cpu)
     model = copy.deepcopy(on_cpu).to(device)
     tokens = torch.arange(1, 7).reshape(1, 6)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from squish_nf4 import NF4Linear, quantize_model
 from tests.support.helpers import require_transformers, required_module
+from tests.support.transformers_models import GROUPED, TOKENS, made
 
 # Of PEFT and transformers, about each other.
 OTHERS = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]
@@ -53,16 +54,10 @@ def _environment() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     require_transformers()
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **{"vocab_size": 97, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
-    )
-    made: nn.Module = LlamaForCausalLM(config).eval()
-    quantize_model(made)
-    return made
+    llama, _ = made("LlamaForCausalLM", TOKENS, **GROUPED)
+    quantize_model(llama)
+    return llama
 
 
 def packed_bytes(model: nn.Module) -> list[Tensor]:

@@ -33,6 +33,18 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
+def save_two_shards(directory: Path) -> Path:
+    for shard in ("1", "2"):
+        tensors = {f"{shard}.weight": gaussian(64, 256, seed=int(shard)), f"{shard}.bias": gaussian(64)}
+        save_shard(directory / f"{shard}.safetensors", tensors)
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+class StoppedError(Exception):
+    """What a test raises to end a conversion at a point."""
+
+
 def save_index(directory: Path, weight_map: dict[str, str], name: str = "model.safetensors.index.json") -> None:
     (directory / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
