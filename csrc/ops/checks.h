@@ -134,20 +134,28 @@ inline void check_survey(const Tensor& w, const Tensor& packed, const Tensor& sc
   check_padding(op, "w has", w.sym_size(1), packed.sym_size(1) * 2, group_size);
 }
 
+inline const char* hint_for_activations(at::ScalarType dtype) {
+  if (dtype == at::kByte)
+    return "; if x was cast with x.to(next(model.parameters()).dtype): the first parameter may be packed NF4 bytes, "
+           "name "
+           "the dtype instead";
+  if (dtype == at::kDouble)
+    return "; there is no product in float64: model.float() undoes model.double(), or dequantize_model(model) comes "
+           "first";
+  return "";
+}
+
 inline void check_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
                          int64_t group_size) {
   constexpr auto op = "linear_nf4";
   check_same_device(op, "packed", packed, "x", x);
   if (is_given(bias)) check_same_device(op, "bias", *bias, "x", x);
-  check_compute_dtype(op, "x", x.scalar_type(),
-                      x.scalar_type() == at::kByte ? "; if x was cast with x.to(next(model.parameters()).dtype): the "
-                                                     "first parameter may be packed NF4 bytes, name the dtype instead"
-                                                   : "");
+  check_compute_dtype(op, "x", x.scalar_type(), hint_for_activations(x.scalar_type()));
   check_packed(op, packed, scales, group_size);
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
   check_padding(op, "x has", x.sym_size(-1), packed.sym_size(1) * 2, group_size);
   if (!is_given(bias)) return;
-  check_compute_dtype(op, "bias", bias->scalar_type());
+  check_compute_dtype(op, "bias", bias->scalar_type(), hint_for_activations(bias->scalar_type()));
   TORCH_CHECK_VALUE(bias->dim() == 1, op, ": bias must be 1-D, got ", bias->dim(), "-D");
   SQUISH_CHECK_SIZE(bias->sym_size(0).sym_eq(packed.sym_size(0)), op, ": bias has ", bias->sym_size(0),
                     " elements but packed has ", packed.sym_size(0), " rows");

@@ -5,6 +5,7 @@
 
 #include "csrc/ops/checks.h"
 #include "csrc/ops/cpu_matrix.h"
+#include "csrc/ops/readable.h"
 
 namespace squish::ops {
 namespace {
@@ -27,7 +28,7 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size
   check_weight(weight, group_size);
   const cpu::Path& path = selected();
   // Rows may lie anywhere; only the columns of a row must be neighbours.
-  const Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
+  const Tensor w = readable_rows(weight);
   const int64_t n = w.size(0), d = w.size(1);
   Tensor packed = at::empty({n, d / 2}, w.options().dtype(at::kByte));
   Tensor scales = at::empty({n, d / group_size}, w.options().dtype(at::kFloat));
@@ -44,16 +45,17 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& scales, int64_t group_
   check_dequantize(packed, scales, group_size, dtype);
   const cpu::Path& path = selected();
   Tensor out = at::empty({packed.size(0), packed.size(1) * 2}, packed.options().dtype(dtype.value_or(at::kFloat)));
-  decode_matrix(path, packed.contiguous(), scales.contiguous(), group_size, out);
+  decode_matrix(path, readable(packed), readable(scales), group_size, out);
   return out;
 }
 
 Tensor& dequantize_nf4_out(const Tensor& packed, const Tensor& scales, int64_t group_size, Tensor& out) {
   at::AutoDispatchBelowADInplaceOrView below;
   check_dequantize_out(packed, scales, group_size, out);
+  check_aligned("dequantize_nf4", "out", out);
   at::assert_no_overlap(out, packed);
   at::assert_no_overlap(out, scales);
-  decode_matrix(selected(), packed.contiguous(), scales.contiguous(), group_size, out, stores_for(out, group_size));
+  decode_matrix(selected(), readable(packed), readable(scales), group_size, out, stores_for(out, group_size));
   return out;
 }
 
@@ -62,8 +64,8 @@ Tensor survey_nf4(const Tensor& weight, const Tensor& packed, const Tensor& scal
   at::AutoDispatchBelowADInplaceOrView below;
   check_survey(weight, packed, scales, group_size);
   const cpu::Path& path = selected();
-  const Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
-  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  const Tensor w = readable_rows(weight);
+  const Tensor bytes = readable(packed), scale = readable(scales);
   const int64_t n = w.size(0), d = w.size(1), row_bytes = bytes.size(1), groups = scale.size(1);
   Tensor result = at::empty({n, 4}, w.options().dtype(at::kDouble));
   with_weight_type(w.scalar_type(), [&](auto zero) {

@@ -12,6 +12,7 @@
 #include "csrc/cpu/tiles.h"
 #include "csrc/ops/checks.h"
 #include "csrc/ops/cpu_matrix.h"
+#include "csrc/ops/readable.h"
 #include "csrc/ops/weight_tiles.h"
 
 namespace squish::ops {
@@ -122,14 +123,14 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   const cpu::Path& path = selected();
   const int64_t m = result.numel() / n;
   const Tensor rows = x.reshape({m, d}), y = result.view({m, n});
-  const Tensor activations = rows.stride(1) == 1 ? rows : rows.contiguous();
-  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  const Tensor activations = readable_rows(rows);
+  const Tensor bytes = readable(packed), scale = readable(scales);
   const Tensor given_bias = is_given(bias) ? *bias : Tensor();
   if (aten_is_faster(path, x, given_bias, m)) {
     linear_by_aten(path, activations, bytes, scale, given_bias, group_size, y);
     return result;
   }
-  const Tensor bias32 = given_bias.defined() ? given_bias.contiguous().to(at::kFloat) : Tensor();
+  const Tensor bias32 = given_bias.defined() ? readable(given_bias).to(at::kFloat) : Tensor();
   const float* bias_values = bias32.defined() ? bias32.const_data_ptr<float>() : nullptr;
   with_storage_type(x.scalar_type(), [&](auto zero) {
     linear_by_the_fastest<decltype(zero)>(path, activations, bytes, scale, bias_values, group_size, y);
@@ -165,7 +166,7 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
   const cpu::Path& path = selected();
   const int64_t m = dy.numel() / n;
   const Tensor rows = dy.reshape({m, n}), dx = result.view({m, d});
-  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  const Tensor bytes = readable(packed), scale = readable(scales);
   if (dy.scalar_type() == at::kFloat || (dy.scalar_type() == at::kBFloat16 && path.linear_bfloat16 != nullptr)) {
     grad_x_by_tiles(path, rows, bytes, scale, group_size, dx);
     return result;

@@ -9,6 +9,7 @@
 #include "csrc/ops/checks.h"
 #include "csrc/ops/cuda_launch.h"
 #include "csrc/ops/cuda_rows.h"
+#include "csrc/ops/readable.h"
 #include "csrc/ops/storage_types.h"
 
 namespace squish::ops {
@@ -26,7 +27,7 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t group_size
   at::AutoDispatchBelowADInplaceOrView below;
   check_weight(weight, group_size);
   const c10::cuda::CUDAGuard device(weight.device());
-  const Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
+  const Tensor w = readable_rows(weight);
   Tensor packed = at::empty({w.size(0), w.size(1) / 2}, w.options().dtype(at::kByte));
   Tensor scales = at::empty({w.size(0), w.size(1) / group_size}, w.options().dtype(at::kFloat));
   with_weight_type(w.scalar_type(), [&](auto zero) {
@@ -42,17 +43,18 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& scales, int64_t group_
   check_dequantize(packed, scales, group_size, dtype);
   const c10::cuda::CUDAGuard device(packed.device());
   Tensor out = at::empty({packed.size(0), packed.size(1) * 2}, packed.options().dtype(dtype.value_or(at::kFloat)));
-  decode_rows_cuda("dequantize_nf4", packed.contiguous(), scales.contiguous(), group_size, 0, out);
+  decode_rows_cuda("dequantize_nf4", readable(packed), readable(scales), group_size, 0, out);
   return out;
 }
 
 Tensor& dequantize_nf4_out(const Tensor& packed, const Tensor& scales, int64_t group_size, Tensor& out) {
   at::AutoDispatchBelowADInplaceOrView below;
   check_dequantize_out(packed, scales, group_size, out);
+  check_aligned("dequantize_nf4", "out", out);
   at::assert_no_overlap(out, packed);
   at::assert_no_overlap(out, scales);
   const c10::cuda::CUDAGuard device(packed.device());
-  decode_rows_cuda("dequantize_nf4", packed.contiguous(), scales.contiguous(), group_size, 0, out);
+  decode_rows_cuda("dequantize_nf4", readable(packed), readable(scales), group_size, 0, out);
   return out;
 }
 

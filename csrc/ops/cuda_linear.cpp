@@ -15,6 +15,7 @@
 #include "csrc/ops/checks.h"
 #include "csrc/ops/cuda_launch.h"
 #include "csrc/ops/cuda_rows.h"
+#include "csrc/ops/readable.h"
 #include "csrc/ops/storage_types.h"
 #include "csrc/ops/weight_tiles.h"
 
@@ -82,9 +83,9 @@ bool multiply_few(const Tensor& rows, const Tensor& packed, const Tensor& scales
                                  .group_size = group_size};
     taken = cuda::linear_takes(call);
     if (!taken) return;
-    const Tensor x = rows.stride(1) == 1 ? rows : rows.contiguous();
+    const Tensor x = readable_rows(rows);
     call.x = data_of<T>(x), call.x_stride = x.stride(0);
-    const Tensor any_bias = is_given(bias) ? bias->contiguous() : Tensor();
+    const Tensor any_bias = is_given(bias) ? readable(*bias) : Tensor();
     const bool same = any_bias.defined() && any_bias.scalar_type() == x.scalar_type();
     const Tensor bias32 = any_bias.defined() && !same ? any_bias.to(at::kFloat) : Tensor();
     call.bias = same ? data_of<T>(any_bias) : nullptr, call.bias32 = data_of<float>(bias32);
@@ -125,7 +126,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& scales, c
   if (result.numel() == 0) return result;
   const int64_t m = result.numel() / n;
   const Tensor rows = x.reshape({m, d}), y = result.view({m, n});
-  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  const Tensor bytes = readable(packed), scale = readable(scales);
   if (multiply_few(rows, bytes, scale, bias, group_size, y)) return result;
   const Tensor any_bias = is_given(bias) ? *bias : Tensor();
   for_each_tile("linear_nf4", bytes, scale, group_size, d, x.scalar_type(), [&](int64_t row, const Tensor& tile) {
@@ -150,7 +151,7 @@ Tensor linear_nf4_grad_x(const Tensor& dy, const Tensor& packed, const Tensor& s
   if (result.numel() == 0) return result;
   const int64_t m = dy.numel() / n;
   const Tensor rows = dy.reshape({m, n}), dx = result.view({m, d});
-  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  const Tensor bytes = readable(packed), scale = readable(scales);
   // A weight that is one tile needs no sum over tiles.
   const bool whole = bytes.numel() * 2 * dy.element_size() <= kTileBytes && fills_the_gpu(m, d);
   // Twice d floats for each: the sum, and the product that is added to it.

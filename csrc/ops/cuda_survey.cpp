@@ -7,6 +7,7 @@
 #include "csrc/cuda/kernels.h"
 #include "csrc/ops/checks.h"
 #include "csrc/ops/cuda_launch.h"
+#include "csrc/ops/readable.h"
 #include "csrc/ops/storage_types.h"
 
 namespace squish::ops {
@@ -16,8 +17,8 @@ Tensor survey_nf4(const Tensor& weight, const Tensor& packed, const Tensor& scal
   at::AutoDispatchBelowADInplaceOrView below;
   check_survey(weight, packed, scales, group_size);
   const c10::cuda::CUDAGuard device(weight.device());
-  const Tensor w = weight.stride(1) == 1 ? weight : weight.contiguous();
-  const Tensor bytes = packed.contiguous(), scale = scales.contiguous();
+  const Tensor w = readable_rows(weight);
+  const Tensor bytes = readable(packed), scale = readable(scales);
   Tensor result = at::empty({w.size(0), 4}, w.options().dtype(at::kDouble));
   with_weight_type(w.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

@@ -10,7 +10,7 @@ from squish_nf4.layout import cheapest_group_size
 from squish_nf4.model.choose import Candidate, as_patterns, children, choose
 from squish_nf4.model.linear_kinds import as_it_was, as_linear, is_conv1d, remember_class, weight_of
 from squish_nf4.model.report import LayerReport, QuantizeReport, weigh
-from squish_nf4.model.transformers_models import untie
+from squish_nf4.model.transformers_models import guard_resizing, untie
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.ops import may_look, relative_error, survey_nf4
 
@@ -64,6 +64,7 @@ def quantize_model(
     candidates.reverse()
     while candidates:  # emptied as it goes: a dense weight is freed when its layer is replaced
         layers.append(_replace(candidates.pop(), group_size, replaced))
+    guard_resizing(model)
     notes += _lost_on_meta(model)
     after, dense = weigh(model)
     return QuantizeReport(tuple(layers), tuple(left_alone), tuple(notes), before, after, dense)
@@ -96,6 +97,7 @@ def dequantize_model(model: nn.Module) -> tuple[str, ...]:
             dense[id(module)] = layer
         setattr(parent, attribute, dense[id(module)])
         names.append(name)
+    guard_resizing(model)
     return tuple(names)
 
 

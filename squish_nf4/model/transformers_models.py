@@ -6,9 +6,12 @@ transformers is not imported: a class with ``base_model_prefix`` is one of its m
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from types import MethodType
 from typing import Any
 
 from torch import nn
+
+from squish_nf4.nn.linear import NF4Linear
 
 
 def _pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -77,3 +80,32 @@ def _configs(module: nn.Module) -> list[Any]:
     config: Any = getattr(module, "config", None)
     of_text = getattr(config, "get_text_config", None)
     return [each for each in (config, of_text(decoder=True) if callable(of_text) else None) if each is not None]
+
+
+def guard_resizing(model: nn.Module) -> None:
+    """Have resize_token_embeddings say that it cannot add rows to an NF4 head, before it has resized the embedding.
+
+    Without that it makes a dense head of the packed bytes' dtype, and the error of torch names only dtypes.
+    """
+    for _, module in _pretrained(model):
+        vars(module).pop("resize_token_embeddings", None)
+        if isinstance(_output_embeddings(module), NF4Linear):
+            vars(module)["resize_token_embeddings"] = MethodType(resize_token_embeddings, module)
+
+
+def resize_token_embeddings(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """What stands before the method of transformers in a model whose head was quantized.
+
+    A bound method is pickled by its name: a model that comes out of a file has transformers' own.
+    """
+    head, multiple = _output_embeddings(model), pad_to_multiple_of or 1
+    if isinstance(head, NF4Linear):
+        rows = -(-(head.out_features if new_num_tokens is None else new_num_tokens) // multiple) * multiple
+        if rows != head.out_features:
+            raise RuntimeError(
+                f"resize_token_embeddings: the output head is in NF4, and its {head.out_features} rows cannot become "
+                f"{rows}; squish_nf4.dequantize_model(model), resize, and quantize_model again"
+            )
+    return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)

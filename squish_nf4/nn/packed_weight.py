@@ -10,7 +10,7 @@ add, is refused. docs/packed-weight.md tells what was weighed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -65,11 +65,11 @@ class PackedWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+        cls, func: Callable[..., Any], types: Collection[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, OpOverload | OpOverloadPacket):  # below the functions that people call; ours among them
-            if all(each is PackedWeight for each in types):
+            if len(types) == 1:  # no other class than this one
                 with DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             args, kwargs = tree_map_only(PackedWeight, plain, (args, kwargs))

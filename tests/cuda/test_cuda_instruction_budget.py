@@ -16,9 +16,8 @@ STORED = cuda_budget.stored()
 
 
 @pytest.fixture(scope="module", params=cuda_budget.ARCHITECTURES, ids=lambda number: f"sm_{number}")
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Function]]:
-    folder = tmp_path_factory.mktemp("cubins")
-    return f"sm_{request.param}", cuda_budget.disassembled(request.param, folder)
+def built(request: pytest.FixtureRequest) -> tuple[str, dict[str, Function]]:
+    return f"sm_{request.param}", cuda_budget.disassembled(request.param)
 
 
 def test_every_kernel_keeps_its_budget(built: tuple[str, dict[str, Function]]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from squish_nf4 import NF4Linear, dequantize_model, quantize_model
+from squish_nf4 import NF4Linear, convert, dequantize_model, load_into, quantize_model
 from tests.support.helpers import names, reasons, require_transformers, required_module
 from tests.support.transformers_models import BOTH, GROUPED, IDS, OTHERS, READERS, SIZES, falcon, gpt2, made, t5
 
@@ -273,3 +275,65 @@ def test_a_refused_weight_leaves_the_configuration_as_it_was() -> None:
         quantize_model(model, only=["lm_head"])
     assert model.config.tie_word_embeddings is True
     assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+# --- resizing a vocabulary --------------------------------------------------------------------------------------------
+
+
+def with_nf4_head() -> Any:
+    model, _ = made("LlamaForCausalLM", {}, **GROUPED)
+    quantize_model(model, only=["lm_head"])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [({"new_num_tokens": 120}, 120), ({"new_num_tokens": 80}, 80), ({"pad_to_multiple_of": 64}, 128)],
+)
+@pytest.mark.parametrize("make", [lambda model: model, copy.deepcopy], ids=["itself", "a copy"])
+def test_resizing_a_head_in_nf4_is_refused_before_anything_is_changed(make: Any, arguments: Any, rows: int) -> None:
+    require_transformers()
+    model = make(with_nf4_head())
+    message = f"head is in NF4, and its 100 rows cannot become {rows}; squish_nf4.dequantize_model"
+    with pytest.raises(RuntimeError, match=message):
+        model.resize_token_embeddings(**arguments)
+    assert model.get_input_embeddings().num_embeddings == 100
+    assert model(IDS).logits.shape == (2, 5, 100)
+    dequantize_model(model)
+    model.resize_token_embeddings(**arguments)
+    assert model.get_input_embeddings().num_embeddings == model.lm_head.out_features == rows
+
+
+def test_resizing_to_the_size_that_is_there_and_a_dense_head_are_left_to_transformers() -> None:
+    require_transformers()
+    model = with_nf4_head()
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+    model.resize_token_embeddings(100)
+    assert isinstance(model.lm_head, NF4Linear)
+    model.lm_head = nn.Linear(64, 100, bias=False)
+    model.resize_token_embeddings(120)
+    assert model.lm_head.out_features == 120
+
+
+def test_a_model_that_was_guarded_is_pickled(tmp_path: Path) -> None:
+    require_transformers()
+    model = with_nf4_head()
+    torch.save(model, tmp_path / "model.pt")
+    copied = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(copied(IDS).logits, model(IDS).logits)
+    quantize_model(model)  # again: one guard, and none of the copy's
+    with pytest.raises(RuntimeError, match="cannot become 120"):
+        model.resize_token_embeddings(120)
+
+
+def test_load_into_guards_a_head_that_it_makes_nf4(tmp_path: Path) -> None:
+    require_transformers()
+    model, _ = made("LlamaForCausalLM", {}, **GROUPED)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    convert(tmp_path / "model.safetensors", tmp_path / "out", include=["lm_head.weight"])
+    load_into(model, tmp_path / "out")
+    assert isinstance(model.lm_head, NF4Linear)
+    with pytest.raises(RuntimeError, match="cannot become 120"):
+        model.resize_token_embeddings(120)

@@ -159,7 +159,11 @@ CASES = [
          lambda dev: dequantize_out(dev, floats(dev, 64, 6).t())),
     *[Case(f"linear_nf4-x-{name}", TypeError, f"linear_nf4: x must be float32, bfloat16 or float16, got {name}",
            lambda dev, name=name: linear(dev, x=floats(dev, 3, 64, dtype=getattr(torch, name))))
-      for name in ("float64", "int64", "complex64")],
+      for name in ("int64", "complex64")],
+    Case("linear_nf4-x-float64", TypeError,
+         "linear_nf4: x must be float32, bfloat16 or float16, got float64; there is no product in float64: "
+         "model.float() undoes model.double(), or dequantize_model(model) comes first",
+         lambda dev: linear(dev, x=floats(dev, 3, 64, dtype=f64))),
     Case("linear_nf4-x-uint8", TypeError,
          "linear_nf4: x must be float32, bfloat16 or float16, got uint8; if x was cast with "
          "x.to(next(model.parameters()).dtype): the first parameter may be packed NF4 bytes, name the dtype instead",
@@ -179,7 +183,9 @@ CASES = [
          "linear_nf4: x has 60 columns but packed holds 66 "
          "(as many, or up to 5 more as padding, are wanted at group_size=3)",
          lambda dev: linear(dev, x=floats(dev, 3, 60), p=packed(dev, (6, 33)), s=floats(dev, 6, 22), group_size=3)),
-    Case("linear_nf4-bias-float64", TypeError, "linear_nf4: bias must be float32, bfloat16 or float16, got float64",
+    Case("linear_nf4-bias-float64", TypeError,
+         "linear_nf4: bias must be float32, bfloat16 or float16, got float64; there is no product in float64: "
+         "model.float() undoes model.double(), or dequantize_model(model) comes first",
          lambda dev: linear(dev, bias=floats(dev, 6, dtype=f64))),
     Case("linear_nf4-bias-int32", TypeError, "linear_nf4: bias must be float32, bfloat16 or float16, got int32",
          lambda dev: linear(dev, bias=floats(dev, 6, dtype=i32))),

@@ -24,6 +24,7 @@ SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sa
 # What calls operators, in one process. Left out: what compiles in workers of its own, what forks, what measures.
 TESTS = (
     "operators/test_operators",
+    "operators/test_misaligned",
     "kernels/test_linear",
     "operators/test_autograd",
     "operators/test_errors",

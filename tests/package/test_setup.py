@@ -384,7 +384,7 @@ def test_cuda_library_holds_every_architecture() -> None:
 @pytest.mark.builds
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
 def test_kernels_compile_without_a_warning_for_the_oldest(name: str, tmp_path: Path) -> None:
-    """For newer ones, where other lines are compiled, cuda_budget.py does."""
+    """For newer ones, where other lines are compiled, the kernels that tests execute do (tests/support/ptx/host.py)."""
     nvcc = shutil.which("nvcc")
     require("nvcc", nvcc is not None, "not on PATH")
     source, target = ROOT / "csrc" / "cuda" / f"{name}.cu", tmp_path / f"{name}.o"

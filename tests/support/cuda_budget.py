@@ -1,4 +1,4 @@
-"""Counts the machine instructions that the fast CUDA kernels spend on a weight, from what nvcc and ptxas make of them.
+"""Counts the machine instructions that the fast CUDA kernels spend on a weight in the library as it was built.
 
     python -m tests.support.cuda_budget
 
@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support import ROOT
+import squish_nf4
+from squish_nf4 import _build_info
 from tests.support.helpers import require, required_module
 from tests.support.processes import run
-from tests.support.ptx.host import EXACT, NO_WARNING
 
 STORED = Path(__file__).with_suffix(".json")
 ARCHITECTURES = (80, 90, 120)
@@ -74,38 +72,27 @@ def count(lines: tuple[Line, ...], *names: str) -> int:
     return sum(line.is_one(*names) for line in lines)
 
 
-def tools() -> tuple[str, str]:
-    """nvcc, and cuobjdump: on the PATH, or the one that comes with triton."""
-    nvcc, found = shutil.which("nvcc"), shutil.which("cuobjdump")
-    require("nvcc", nvcc is not None, "there is no nvcc on the PATH")
-    said = run([str(nvcc), "--version"]).stdout
-    require("nvcc-13.0", "release 13.0" in said, "the stored counts are of nvcc 13.0")
-    if found is None:
-        triton = Path(required_module("triton").__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        require("cuobjdump", triton.exists(), "there is no cuobjdump on the PATH, and triton has none")
-        found = str(triton)
-    return str(nvcc), found
+def disassembler() -> str:
+    """cuobjdump: on the PATH, or the one that comes with triton."""
+    if (found := shutil.which("cuobjdump")) is not None:
+        return found
+    triton = Path(required_module("triton").__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    require("cuobjdump", triton.exists(), "there is no cuobjdump on the PATH, and triton has none")
+    return str(triton)
 
 
-def disassembled(architecture: int, folder: Path) -> dict[str, Function]:
-    """All kernels of csrc/cuda, by their names as a person would write them: "quantize_octets<8, 2, float>"."""
-    nvcc, cuobjdump = tools()
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    cubins = [folder / f"{source.stem}.{architecture}.cubin" for source in sources]
-    compilers = [
-        subprocess.Popen(
-            [nvcc, *EXACT, *NO_WARNING, f"-arch=sm_{architecture}", f"-I{ROOT}", "-cubin", source, "-o", cubin]
-        )
-        for source, cubin in zip(sources, cubins, strict=True)
-    ]
-    assert [compiler.wait() for compiler in compilers] == [0] * len(compilers)
-    functions: dict[str, Function] = {}
-    for cubin in cubins:
-        used = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", run([cuobjdump, "-res-usage", cubin]).stdout))
-        for mangled, body in functions_of(run([cuobjdump, "-sass", cubin]).stdout):
-            name = plain_name(mangled)
-            functions[name] = Function(name, tuple(lines_of(body)), int(used[mangled]))
-    return functions
+def disassembled(architecture: int) -> dict[str, Function]:
+    """All kernels of the library, by their names as a person would write them: "quantize_octets<8, 2, float>"."""
+    built_by = _build_info.CUDA_VERSION
+    require("nvcc-13.0", built_by == "13.0", f"the stored counts are of CUDA 13.0, and the library's is {built_by}")
+    cuobjdump, library = [disassembler(), "-arch", f"sm_{architecture}"], squish_nf4.library_path()
+    used = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", run([*cuobjdump, "-res-usage", library]).stdout))
+    require("nvcc-13.0", bool(used), f"the library was built without sm_{architecture} (TORCH_CUDA_ARCH_LIST)")
+    names = dict(zip(used, plain_names(list(used)), strict=True))
+    return {
+        names[mangled]: Function(names[mangled], tuple(lines_of(body)), int(used[mangled]))
+        for mangled, body in functions_of(run([*cuobjdump, "-sass", library]).stdout)
+    }
 
 
 def functions_of(listing: str) -> Iterator[tuple[str, str]]:
@@ -118,8 +105,11 @@ def lines_of(body: str) -> Iterator[Line]:
         yield Line(int(address, 16), text.strip())
 
 
-def plain_name(mangled: str) -> str:
-    name = run(["c++filt", mangled]).stdout.strip()
+def plain_names(mangled: list[str]) -> list[str]:
+    return [plain_name(name) for name in run(["c++filt", *mangled]).stdout.splitlines()]
+
+
+def plain_name(name: str) -> str:
     name = name.replace("squish::cuda::(anonymous namespace)::", "").replace("squish::nf4::", "")
     name = re.sub(r"\((int|bool)\)", "", name.removeprefix("void "))
     return name.split(">(")[0] + ">"
@@ -151,8 +141,7 @@ def stored() -> dict[str, dict[str, Count]]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        found = {f"sm_{number}": measure(disassembled(number, Path(folder))) for number in ARCHITECTURES}
+    found = {f"sm_{number}": measure(disassembled(number)) for number in ARCHITECTURES}
     STORED.write_text(json.dumps(found, indent=1) + "\n")
     for name, counts in found.items():
         for kernel, cost in counts.items():

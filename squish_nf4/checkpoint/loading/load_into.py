@@ -32,6 +32,7 @@ from squish_nf4.checkpoint.messages import listed, shown, visible
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.model.choose import Candidate, replaceable
 from squish_nf4.model.linear_kinds import weight_of
+from squish_nf4.model.transformers_models import guard_resizing
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
     take_all_or_none(replacements)
     for fill in fills:
         fill()
+    guard_resizing(model)
     known = {*missing, *(filling.slot.name for filling in fillings)}
     return LoadReport(
         nf4=tuple(filling.slot.name for filling in fillings if filling.stays_nf4),

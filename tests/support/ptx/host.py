@@ -30,7 +30,7 @@ def compile_kernels(nvcc: str, folder: Path, capability: int = 90) -> Path:
     """A library with the launchers of csrc/cuda, and beside it the PTX of every source."""
     cuda = ROOT / "csrc" / "cuda"
     sources = [*sorted(cuda.glob("*.cu")), *sorted(cuda.glob("*.cpp")), ROOT / "tests" / "native" / "cuda_host.cpp"]
-    flags = [*EXACT, f"-arch=compute_{capability}", f"-I{ROOT}", "-Xcompiler=-fPIC"]
+    flags = [*EXACT, *NO_WARNING, f"-arch=compute_{capability}", f"-I{ROOT}", "-Xcompiler=-fPIC"]
     compilers = [
         subprocess.Popen(
             # What is kept is the PTX, among others: from the same run, for its names are of that run.
