@@ -6,13 +6,15 @@ asks for neither says NEEDS_NO_GPU.
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
+from filelock import FileLock
 
 from tests.support.gpus import ExecutedGpu, Gpu, RealGpu, require_a_gpu
 from tests.support.helpers import require
-from tests.support.ptx.host import compile_kernels
+from tests.support.ptx.host import LIBRARY, compile_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +25,18 @@ def _gpu(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> ExecutedGpu:
-    """The kernels of csrc/cuda for compute capability 9.0, on a GPU that numpy plays."""
+    """The kernels of csrc/cuda for compute capability 9.0, on a GPU that numpy plays.
+
+    The processes of a run compile them once: who comes first does, the others wait.
+    """
     nvcc = shutil.which("nvcc")
     require("nvcc", nvcc is not None, "there is no nvcc on the PATH")
-    return ExecutedGpu(compile_kernels(str(nvcc), tmp_path_factory.mktemp("kernels")))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    with FileLock(f"{folder}.lock"):
+        folder.mkdir(exist_ok=True)
+        library = folder / LIBRARY
+        return ExecutedGpu(library if library.exists() else compile_kernels(str(nvcc), folder))
 
 
 @pytest.fixture(params=["gpu", pytest.param("executed", marks=pytest.mark.builds)])

@@ -21,6 +21,7 @@ from tests.support.ptx.parser import Instruction, Module, parse
 
 EXACT = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-ftz=false", "-prec-div=true")  # as setup.py
 NO_WARNING = ("-Werror", "all-warnings")
+LIBRARY = "kernels.so"
 LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t
 )
@@ -45,7 +46,7 @@ def compile_kernels(nvcc: str, folder: Path, capability: int = 90) -> Path:
         said, _ = compiler.communicate()
         if compiler.returncode != 0:
             raise RuntimeError(f"nvcc does not compile a kernel:\n{said}")
-    library = folder / "kernels.so"
+    library = folder / LIBRARY
     # A real CUDA runtime may be in the process, too; the launchers are to find the one they are linked with.
     done = run(["c++", "-shared", "-Wl,-Bsymbolic", *sorted(folder.glob("*.o")), "-o", library])
     if done.returncode != 0:
