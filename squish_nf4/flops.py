@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -27,16 +26,14 @@ class _Waiting:
     """Asked for every module that is imported; registers the formulas when the counter is, and leaves."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = PathFinder.find_spec(name, path, target) if name == COUNTER else None
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
                 _register_formulas(module)
+                sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
 from squish_nf4.layout import bits_per_weight, effective_group_size, padded_columns
-from squish_nf4.nn.packed import PackedModule, quantize_padded, require_whole
+from squish_nf4.nn.packed import PackedModule, quantize_padded
 from squish_nf4.nn.packed_weight import PackedWeight
 from squish_nf4.ops import COMPUTE_DTYPES
 
@@ -43,8 +43,13 @@ def _linear_in_python(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | 
 
 def _linear_of_nested(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
     """A ragged batch is one batch of all its rows."""
+    if x.layout == torch.jagged and x._ragged_idx != 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"NF4Linear: dimension {x._ragged_idx} of the jagged x is the ragged one; dimension 1 is wanted"  # type: ignore[attr-defined]
+        )
     rows = _linear_in_python(x.values(), weight, scales, bias, group_size)
-    return torch.nested.nested_tensor_from_jagged(rows, x.offsets(), x.lengths())  # type: ignore[attr-defined]
+    lengths = (x._maybe_min_seqlen, x._maybe_max_seqlen)  # type: ignore[attr-defined]
+    return torch.nested.nested_tensor_from_jagged(rows, x.offsets(), x.lengths(), 1, *lengths)  # type: ignore[attr-defined]
 
 
 class NF4Linear(PackedModule, nn.Linear):
@@ -64,7 +69,9 @@ class NF4Linear(PackedModule, nn.Linear):
         dtype: float32, bfloat16 or float16: of the bias, and of what to_linear() returns.
 
     Attributes:
-        weight: Parameter (n, c/2) uint8, the packed bytes; requires_grad is False. c: in_features, padded.
+        weight: Parameter (n, c/2) uint8, the packed bytes; requires_grad is False. It is moved, sliced, compared and saved
+            as bytes; what would take them for numbers (arithmetic, casts, averages, initializers) is a RuntimeError that
+            says so: docs/packed-weight.md. c: in_features, padded.
         scales: buffer (n, c/group_size) float32, whatever the layer is cast to.
         bias: Parameter (n,) or None.
         dense_dtype: what ``dtype`` was, following .to(dtype) and .half().
@@ -157,12 +164,14 @@ class NF4Linear(PackedModule, nn.Linear):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight: (out_features, in_features) in float32, bfloat16 or float16; float32 by default."""
-        require_whole(self)
+        self.require_whole()
         dense: Tensor = torch.ops.squish.dequantize_nf4(self.weight, self.scales, self.group_size, dtype=dtype)
         return dense[:, : self.in_features].contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in the dtype of x."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self.require_whole()
         return _linear_of_width(x, self.weight, self.scales, self.bias, self.in_features, self.group_size)
 
     def reset_parameters(self) -> None:
@@ -176,7 +185,7 @@ class NF4Linear(PackedModule, nn.Linear):
             packed, scales = quantize_padded("NF4Linear.reset_parameters: weight", dense, self.group_size)
             self.weight.copy_(packed)
             self.scales.copy_(scales)
-            self._wait_for("")
+            self._missing = ""
             if self.bias is not None:
                 bound = 1 / sqrt(self.in_features) if self.in_features > 0 else 0
                 nn.init.uniform_(self.bias, -bound, bound)

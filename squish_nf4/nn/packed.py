@@ -94,18 +94,34 @@ class PackedModule(nn.Module):
         return dtype if dtype in COMPUTE_DTYPES else self.dense_dtype
 
     def _keep_packed_weight(self) -> None:
-        """Replace the plain Parameter that torch makes of ours when it moves or assigns one."""
-        weight = self._parameters["weight"]
-        if weight is not None and not isinstance(weight, PackedWeight):
-            self._parameters["weight"] = PackedWeight(weight.data)
+        """Make a PackedWeight of the plain Parameter that torch makes of ours when it moves, assigns or saves one.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """After a pickle: the weight, a Parameter of torch there, becomes a PackedWeight where it is, so that layers
-        which share it still do."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        It stays the same object: layers and optimizers that share it still do.
+        """
         weight = self._parameters["weight"]
         if type(weight) is nn.Parameter:
             weight.__class__ = PackedWeight
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After a pickle, which holds a plain Parameter."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._keep_packed_weight()
+
+    # --- half a state ---------------------------------------------------------------------------------------------
+
+    def require_whole(self) -> None:
+        """RuntimeError if a state has brought one of weight and scales, and the other one is still to come."""
+        if self._missing:
+            came = "scales" if self._missing == "weight" else "weight"
+            raise RuntimeError(
+                f"{type(self).__name__}: a state has brought its {came} and not its {self._missing}, which belong "
+                "together; load the rest of the state, too"
+            )
+
+    def __prepare_scriptable__(self) -> PackedModule:
+        """torch.jit.script asks for what to compile. TorchScript does not know whether a half is missing."""
+        self.require_whole()
+        return self
 
     # --- loading a state ---------------------------------------------------------------------------------------------
 
@@ -130,8 +146,7 @@ class PackedModule(nn.Module):
             return
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._keep_packed_weight()
-        if missing != self._missing:
-            self._wait_for(missing)
+        self._missing = missing
         if local_metadata.get("assign_to_params_buffers", False):
             self.dense_dtype = dense_dtype
 
@@ -200,14 +215,6 @@ class PackedModule(nn.Module):
             message += f" (the state has group_size={2 * weight.size(1) // scales.size(1)})"
         raise ValueError(message)
 
-    def _wait_for(self, missing: str) -> None:
-        """Refuse to run until the other half of a state comes, which may lie in another file."""
-        self._missing = missing
-        for key in [key for key, hook in self._forward_pre_hooks.items() if hook is require_whole]:
-            del self._forward_pre_hooks[key]
-        if missing:
-            self.register_forward_pre_hook(require_whole)
-
     def _require_zero_padding(self, name: str, weight: Tensor, scales: Tensor) -> None:
         """Refuse weights where this module has padding: they are a wider one's, whose last columns would be lost."""
         stored, columns = 2 * weight.size(1), prod(self._dense_shape()[1:])
@@ -221,13 +228,3 @@ class PackedModule(nn.Module):
                 f"{name}: the state holds weights beyond column {columns}, where this layer's padding is; "
                 "it was saved from a wider layer"
             )
-
-
-def require_whole(module: nn.Module, inputs: Any = None) -> None:
-    """A hook before forward(), and a check elsewhere: RuntimeError if half of the module is still to be loaded."""
-    if missing := module._missing:
-        came = "scales" if missing == "weight" else "weight"
-        raise RuntimeError(
-            f"{type(module).__name__}: a state has brought its {came} and not its {missing}, which belong together; "
-            "load the rest of the state, too"
-        )

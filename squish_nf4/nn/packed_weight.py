@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 # What returns the same bytes, or some of them: they stay packed. With another dtype it is refused.
 CARRIED = frozenset(
     """
-    __getitem__ alias as_strided cat chunk clone concat concatenate contiguous cpu cuda data detach detach_ expand
-    flatten hsplit hstack index_select module_load mT movedim narrow permute pin_memory ravel reshape select
-    share_memory_ split split_with_sizes squeeze stack swapaxes T t tensor_split to transpose type unbind unflatten
+    __getitem__ alias as_strided broadcast_to byte cat chunk clone concat concatenate contiguous cpu cuda data detach
+    detach_ diagonal expand expand_as flatten flip gather hsplit hstack index_select masked_select module_load
+    moveaxis mT movedim narrow permute pin_memory ravel repeat reshape reshape_as roll select share_memory_ split
+    split_with_sizes squeeze stack swapaxes swapdims T t take tensor_split to transpose type unbind unflatten
     unsqueeze view view_as vsplit vstack
     """.split()  # noqa: SIM905  (words are read more easily without quotes)
 )
@@ -36,15 +37,17 @@ READ = frozenset(
     _grad _has_compatible_shallow_copy_type _has_symbolic_sizes_strides _is_view _post_accumulate_grad_hooks
     _typed_storage _version as_subclass data_ptr device dim dim_order dtype element_size get_device grad grad_fn
     has_names isfinite isinf isnan itemsize layout names nbytes ndim ndimension nelement numel numpy output_nr
-    requires_grad retains_grad shape size storage storage_offset storage_type stride tolist untyped_storage
+    record_stream requires_grad retains_grad shape size storage storage_offset storage_type stride tolist
+    untyped_storage
     """.split()  # noqa: SIM905
 )
 # What makes a tensor like it: packed, too, if it is one of bytes.
 MADE = frozenset(
-    "empty_like new_empty new_empty_strided new_full new_ones new_zeros ones_like zeros_like".split()  # noqa: SIM905
+    "empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like zeros_like".split()  # noqa: SIM905
 )
-COMPARED = frozenset(("__eq__", "__ne__", "eq", "ne", "equal"))  # also with the bytes on the right
-WRITTEN = frozenset(("copy_", "_foreach_copy_", "set_", "data="))  # if all are bytes
+# What takes a second tensor, if both are bytes; one of them may be another's.
+COMPARED = frozenset(("__eq__", "__ne__", "allclose", "eq", "equal", "isclose", "ne"))
+WRITTEN = frozenset(("copy_", "_foreach_copy_", "set_", "data="))
 
 
 class PackedWeight(nn.Parameter):
@@ -57,7 +60,7 @@ class PackedWeight(nn.Parameter):
     def __new__(cls, data: Tensor, requires_grad: bool = False, _is_param: bool = True) -> Any:
         # _is_param: nn.Parameter leaves it on a copy, and accelerate hands on what it finds on a Parameter.
         if requires_grad:
-            _warn_of_training()
+            _warn_of_training(stacklevel=3)
         if type(data) not in (Tensor, nn.Parameter, PackedWeight):
             return nn.Parameter(data, False)  # of torch itself: a FakeTensor, a DTensor
         with DisableTorchFunctionSubclass():
@@ -77,14 +80,21 @@ class PackedWeight(nn.Parameter):
         name = name_of(func)
         if name in ("requires_grad_", "requires_grad="):
             return _leave_untrained(*args, **kwargs)
-        is_first = bool(args) and (isinstance(args[0], PackedWeight) or not isinstance(args[0], Tensor))
-        reads = is_first and (name in READ or name.startswith("is_") or name == "grad=")
+        first = args[0] if args else next(iter(kwargs.values()))
+        is_first = isinstance(first, PackedWeight) or not isinstance(first, Tensor)
+        asks = name[:3] == "is_" and name != "is_nonzero"  # torch.compile knows no str.startswith
+        reads = is_first and (name in READ or asks or name == "grad=")
         with DisableTorchFunctionSubclass():
-            if reads or name in COMPARED or (name in WRITTEN and _are_bytes(args)):
+            if reads or (name in COMPARED | WRITTEN and _are_bytes(name, args, kwargs)):
                 return func(*args, **kwargs)
             if is_first and (name in CARRIED or name in MADE):
                 return tree_map_only(Tensor, partial(_packed_again, name), func(*args, **kwargs))
+            if _sends(func):
+                return func(*args, **kwargs)
         raise refusal(name)
+
+    def __copy__(self) -> Any:
+        return PackedWeight(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As a Parameter of torch: files are read without this library, and a module makes it a PackedWeight again."""
@@ -114,8 +124,15 @@ def refusal(name: str) -> RuntimeError:
     )
 
 
-def _are_bytes(arguments: Any) -> bool:
-    return all(part.dtype == torch.uint8 for part in tree_leaves(arguments) if isinstance(part, Tensor))
+def _are_bytes(name: str, *arguments: Any) -> bool:
+    """Whether two tensors are given, or one and a storage, and no numbers and no tensors of them."""
+    tensors = [part for part in tree_leaves(arguments) if isinstance(part, Tensor)]
+    return (len(tensors) > 1 or name == "set_") and all(part.dtype == torch.uint8 for part in tensors)
+
+
+def _sends(func: Callable[..., Any]) -> bool:
+    """Whether a function of torch.distributed brings bytes to others, and adds up none."""
+    return getattr(func, "__module__", "") == "torch.distributed.distributed_c10d" and "reduce" not in func.__name__
 
 
 def _packed_again(name: str, result: Tensor) -> Tensor:
@@ -128,13 +145,13 @@ def _packed_again(name: str, result: Tensor) -> Tensor:
 
 def _leave_untrained(weight: Tensor, requires_grad: bool = True) -> Tensor:
     if requires_grad:
-        _warn_of_training()
+        _warn_of_training(stacklevel=4)
     return weight
 
 
-def _warn_of_training() -> None:
+def _warn_of_training(stacklevel: int) -> None:
     warnings.warn(
         "squish_nf4: packed NF4 weights are not trained, and requires_grad_(True) leaves them as they are; train "
         "adapters beside them (LoRA), or a layer's to_linear()",
-        stacklevel=4,
+        stacklevel=stacklevel,
     )

@@ -314,6 +314,10 @@ def test_requires_grad_touches_the_bias_alone_and_warns() -> None:
     with pytest.warns(UserWarning, match="NF4 weights are not trained"):
         layer.weight.requires_grad = True
     assert not layer.weight.requires_grad
+    for make in (nn.Parameter, type(layer.weight)):
+        with pytest.warns(UserWarning, match="NF4 weights are not trained") as caught:
+            assert not make(layer.weight, requires_grad=True).requires_grad
+        assert make is nn.Parameter or caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])

@@ -345,12 +345,15 @@ def test_cuda_and_back_is_the_same_layer() -> None:
 def test_swapping_parameters_instead_of_their_data_keeps_the_layer_whole() -> None:
     layer, other = make(), make()
     expected = copy.deepcopy(layer).bfloat16()
+    tied = nn.Sequential(layer, make())
+    tied[1].weight = held = layer.weight
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        layer.to(torch.bfloat16)
+        tied.to(torch.bfloat16)
         other.to(torch.bfloat16).load_state_dict(layer.state_dict())
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+    assert held is tied[0].weight is tied[1].weight
     for swapped in (layer, other):
         assert torch.equal(swapped.dequantize(), expected.dequantize())
         assert torch.equal(swapped.bias, expected.bias)
@@ -375,7 +378,32 @@ def test_half_a_state_is_taken_and_the_layer_waits_for_the_rest(assign: bool, fi
             use()
     model.load_state_dict({f"0.{other}": whole[other], "0.bias": whole["bias"]}, strict=False, assign=assign)
     require_same(model[0], expected)
-    assert not model[0]._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_half_a_layer_runs_by_no_route() -> None:
+    layer, x = make(), torch.ones(2, 65)
+    compiled = torch.compile(layer, backend="eager")
+    compiled(x)
+    layer.load_state_dict({"weight": make().weight}, strict=False)
+    for use, given in ((layer.forward, x), (compiled, x), (torch.jit.script, layer), (torch.fx.symbolic_trace, layer)):
+        with pytest.raises(RuntimeError, match="a state has brought its weight and not its scales"):
+            use(given)
+
+
+def test_halves_of_a_wider_layer_are_refused_when_the_second_comes() -> None:
+    wide, layer = NF4Linear(128, 4), NF4Linear(100, 4)
+    layer.load_state_dict({"weight": wide.weight}, strict=False)
+    with pytest.raises(RuntimeError, match="the state holds weights beyond column 100, where this layer's padding is"):
+        layer.load_state_dict({"scales": wide.scales}, strict=False)
+
+
+def test_the_first_half_is_not_judged_by_what_was_there_before() -> None:
+    layer, other = NF4Linear(100, 4), NF4Linear(100, 4)
+    layer.scales.fill_(float("nan"))  # as to_empty() may leave them
+    for half in ("weight", "scales"):
+        layer.load_state_dict({half: other.state_dict()[half]}, strict=False)
+    assert torch.equal(layer.dequantize(), other.dequantize())
 
 
 def test_half_a_state_with_strict_names_what_is_missing() -> None:

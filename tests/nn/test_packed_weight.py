@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from squish_nf4 import NF4Linear, quantize_model
 from squish_nf4.nn.packed_weight import PackedWeight
@@ -41,11 +42,15 @@ ARITHMETIC: dict[str, Callable[[Tensor], Any]] = {
     "w & 15": lambda w: w & 15,
     "w >> 4": lambda w: w >> 4,
     "w < 3": lambda w: w < 3,
+    "w == 0": lambda w: w == 0,
+    "eq of floats": lambda w: torch.eq(torch.ones(32, 32), w),
+    "is_nonzero": lambda w: w[0, 0].is_nonzero(),
+    "copy.copy(w) * 2": lambda w: copy.copy(w) * 2,
     "x @ w": lambda w: torch.ones(2, 32) @ w,
     "w @ x": lambda w: w @ torch.ones(32),
     "abs": torch.abs,
     "sum": torch.sum,
-    "mean": lambda w: w.float().mean(),
+    "mean": torch.mean,
     "norm": torch.linalg.vector_norm,
     "argmax": torch.argmax,
     "F.linear": lambda w: F.linear(torch.ones(2, 32), w),
@@ -61,7 +66,7 @@ ARITHMETIC: dict[str, Callable[[Tensor], Any]] = {
     "type": lambda w: w.type(torch.float16),
     "int": lambda w: int(w[0, 0]),
     "cat with floats": lambda w: torch.cat([w, torch.ones(1, 32)]),
-    "where": lambda w: torch.where(w == 0, w, w),
+    "where": lambda w: torch.where(w == w, w, w),
     "quantize_per_tensor": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.quint8),
 }
 WRITES: dict[str, Callable[[Tensor], Any]] = {
@@ -69,12 +74,15 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "w *= 2": lambda w: w.__imul__(2),
     "add_": lambda w: w.add_(1),
     "copy_ of floats": lambda w: w.copy_(torch.zeros(32, 32)),
+    "copy_ of floats by name": lambda w: w.copy_(other=torch.zeros(32, 32)),
+    "copy_ of a number": lambda w: w.copy_(0),
+    "_foreach_copy_ of floats": lambda w: torch._foreach_copy_(self=[w], src=[torch.zeros(32, 32)]),
     "data = floats": lambda w: setattr(w, "data", torch.zeros(32, 32)),
     "data.add_": lambda w: w.data.add_(1),
     "data[0] = 0": lambda w: w.data.__setitem__(0, 0),
     "detach().mul_": lambda w: w.detach().mul_(2),
     "a view": lambda w: w[:4].fill_(0),
-    "masked_fill_": lambda w: w.masked_fill_(w == 0, 1),
+    "masked_fill_": lambda w: w.masked_fill_(w == w, 1),
     "clamp_": lambda w: w.clamp_(0, 1),
     "random_": lambda w: w.random_(),
     "out=": lambda w: torch.add(w, w, out=w),
@@ -108,8 +116,15 @@ HANDED_ON: dict[str, Callable[[Tensor], Any]] = {
     "split": lambda w: torch.split(w, 3),
     "narrow": lambda w: w.narrow(0, 1, 2),
     "cat": lambda w: torch.cat([w, w]),
+    "cat by name": lambda w: torch.cat(tensors=[w, w]),
+    "clone by name": lambda w: torch.clone(input=w),
+    "repeat": lambda w: w.repeat(2, 1),
+    "flip": lambda w: w.flip(0),
+    "gather": lambda w: w.gather(0, torch.zeros(1, 32, dtype=torch.long)),
+    "byte": lambda w: w.byte(),
     "stack": lambda w: torch.stack([w, w]),
     "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
     "nn.Parameter": lambda w: nn.Parameter(w, requires_grad=False),
 }
 
@@ -134,9 +149,14 @@ def test_what_reads_the_weight_gets_an_answer(layer: NF4Linear) -> None:
     assert not weight.requires_grad
     assert torch.equal(weight, weight.clone())
     assert bool((weight == weight).all())
+    assert torch.allclose(weight, weight.clone())
+    torch.testing.assert_close(layer.state_dict(), copy.deepcopy(layer).state_dict())
     assert bool(weight.isfinite().all())
     assert weight.numpy().shape == (32, 32)
     assert type(torch.empty_like(weight)) is PackedWeight
+    assert type(torch.full_like(weight, 0.1, dtype=torch.float32)) is Tensor
+    assert torch.numel(input=weight) == 1024
+    torch.optim.Adagrad(layer.parameters())  # its state begins with full_like
     assert type(weight.new_zeros(3, dtype=torch.float32)) is Tensor
     assert repr(weight).startswith("Parameter")
     assert {weight: 1}[weight] == 1
@@ -157,6 +177,49 @@ def test_operators_take_it_and_an_x_with_a_torch_function_of_its_own(layer: NF4L
     y = layer(X.as_subclass(Watched))
     assert torch.equal(y.as_subclass(Tensor), layer(X))
     assert any("linear_nf4" in str(func) for func in seen)
+
+
+def test_a_call_does_not_pass_through_the_refusal(layer: NF4Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as a small product."""
+    expected = layer(X)
+
+    def refuse(cls: type, func: Any, *given: Any) -> Any:
+        raise AssertionError(f"asked for {func}")
+
+    monkeypatch.setattr(PackedWeight, "__torch_function__", classmethod(refuse))
+    assert torch.equal(layer(X), expected)
+
+
+def test_under_fake_tensors_the_weight_is_a_parameter_of_torch() -> None:
+    with FakeTensorMode():
+        layer = NF4Linear(64, 32)
+        assert isinstance(layer.weight, nn.Parameter)
+        assert not isinstance(layer.weight, PackedWeight)
+        assert layer(torch.ones(2, 64)).shape == (2, 32)
+
+
+CARRIED_IN_A_GRAPH: dict[str, Callable[[Tensor], Any]] = {
+    name: HANDED_ON[name] for name in ("detach", "clone", "to(device)", "view", "a slice", "cat")
+} | {"==": lambda w: w == w, "is_floating_point": lambda w: w.is_floating_point()}
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", CARRIED_IN_A_GRAPH)
+def test_what_hands_bytes_on_compiles_whole(layer: NF4Linear, name: str) -> None:
+    function = CARRIED_IN_A_GRAPH[name]
+    found = torch.compile(function, fullgraph=True, backend="eager")(layer.weight)
+    expected = function(layer.weight)
+    assert type(found) is type(expected)
+    assert found is expected or torch.equal(found, expected)
+
+
+@pytest.mark.compiles
+def test_a_functional_call_with_a_moved_weight_compiles_whole(layer: NF4Linear) -> None:
+    def call(x: Tensor) -> Any:
+        state = {"weight": layer.weight.to(x.device), "scales": layer.scales, "bias": layer.bias}
+        return torch.func.functional_call(layer, state, (x,))
+
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(X), layer(X))
 
 
 def test_a_mode_of_torch_functions_sees_the_operator(layer: NF4Linear) -> None:
@@ -238,9 +301,14 @@ def test_pruning_is_refused_and_changes_nothing(layer: NF4Linear, prune: str) ->
 
 
 @pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
-def test_parametrizations_are_refused(layer: NF4Linear, wrap: Callable[[nn.Module], nn.Module]) -> None:
+def test_parametrizations_are_refused_and_change_nothing(
+    layer: NF4Linear, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    before = copy.deepcopy(layer)
     with pytest.raises(RuntimeError, match=REFUSED):
         wrap(layer)
+    assert torch.equal(layer(X), before(X))
+    assert layer.state_dict().keys() == before.state_dict().keys()
 
 
 def test_vectors_of_all_parameters_are_refused(layer: NF4Linear) -> None:
@@ -257,9 +325,19 @@ def test_a_jagged_batch_is_multiplied_as_by_nn_linear(layer: NF4Linear) -> None:
     y = layer(x)
     for found, part in zip(y.unbind(), parts, strict=True):
         torch.testing.assert_close(found, layer(part))
+    expected = layer.to_linear()(x)
+    torch.testing.assert_close(y.to_padded_tensor(0.0), expected.to_padded_tensor(0.0))  # as wide: the longest is known
     y.values().sum().backward()
     assert x.grad is not None
     assert x.grad.is_nested
+
+
+def test_a_jagged_batch_that_was_turned_is_refused(layer: NF4Linear) -> None:
+    x = torch.nested.nested_tensor([torch.randn(3, 8, 64), torch.randn(5, 8, 64)], layout=torch.jagged).transpose(1, 2)
+    with pytest.raises(
+        ValueError, match="NF4Linear: dimension 2 of the jagged x is the ragged one; dimension 1 is wanted"
+    ):
+        layer(x)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -288,10 +366,15 @@ def test_flops_are_those_of_a_dense_layer(layer: NF4Linear) -> None:
 
 
 @pytest.mark.sweeps
+@pytest.mark.parametrize("looked_for", [False, True])
 @pytest.mark.parametrize("imports", ["squish_nf4, torch.utils.flop_counter", "torch.utils.flop_counter, squish_nf4"])
-def test_flops_are_counted_in_whatever_order_is_imported(imports: str) -> None:
+def test_flops_are_counted_in_whatever_order_is_imported(imports: str, looked_for: bool) -> None:
+    first, second = imports.split(", ")
+    look = 'importlib.util.find_spec("torch.utils.flop_counter")' if looked_for else ""
     code = f"""
-import {imports}, sys, torch
+import importlib.util, {first}
+{look}
+import {second}, sys, torch
 layer = squish_nf4.NF4Linear(64, 32)
 with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
     layer(torch.ones(5, 64))

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import squish_nf4
@@ -43,6 +44,43 @@ def ddp(x: Tensor) -> None:
         every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(every, own)
         expect(all(torch.equal(one, own) for one in every), "the gradients are not averaged")
+
+
+def collectives() -> None:
+    """What brings bytes to other processes does; what adds them up is refused."""
+    world, layer = dist.get_world_size(), make()[1]
+    weight, everyone = layer.weight, [torch.empty_like(layer.weight) for _ in range(world)]
+    flat, sent = torch.empty(64 * world, 32, dtype=torch.uint8), torch.zeros_like(weight)
+    dist.all_gather(everyone, weight)
+    dist.all_gather_into_tensor(flat, weight)
+    expect(all(torch.equal(each, weight) for each in (*everyone, *flat.chunk(world))), "gathered other bytes")
+    if dist.get_rank() == 0:
+        sent.copy_(weight)
+    dist.broadcast(sent, 0)
+    expect(torch.equal(sent, weight), "other bytes were broadcast")
+    for add in (lambda: dist.all_reduce(weight), lambda: dist.reduce(weight, 0)):
+        try:
+            add()
+        except RuntimeError as error:
+            expect("packed NF4 bytes" in str(error), str(error))
+        else:
+            expect(False, "packed bytes were added up")
+
+
+def from_the_first_rank(x: Tensor) -> None:
+    """The first process alone has a state, and sends it."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    for shard in (False, True):
+        state = make().state_dict() if dist.get_rank() == 0 else {}
+        model: Any = make()
+        model[1].reset_parameters()
+        if shard:
+            fully_shard(model, mesh=mesh)
+        set_model_state_dict(model, state, options=options)
+        expect(torch.equal(model(x), make()(x)), f"another result of what the first rank sent, shards: {shard}")
+    expect(isinstance(distribute_tensor(make()[1].weight, mesh, [Shard(0)]), DTensor), "no DTensor")
+    distribute_module(make(), mesh)
 
 
 def fsdp(x: Tensor) -> None:
@@ -83,7 +121,9 @@ def main(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(rank))
     ddp(x)
+    collectives()
     fsdp(x)
+    from_the_first_rank(x)
     checkpoints(x, folder)
     dist.destroy_process_group()
     print("whole")
