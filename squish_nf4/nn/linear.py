@@ -69,9 +69,9 @@ class NF4Linear(PackedModule, nn.Linear):
         dtype: float32, bfloat16 or float16: of the bias, and of what to_linear() returns.
 
     Attributes:
-        weight: Parameter (n, c/2) uint8, the packed bytes; requires_grad is False. It is moved, sliced, compared and saved
-            as bytes; what would take them for numbers (arithmetic, casts, averages, initializers) is a RuntimeError that
-            says so: docs/packed-weight.md. c: in_features, padded.
+        weight: Parameter (n, c/2) uint8, the packed bytes; requires_grad is False. It is moved, sliced, compared and
+            saved as bytes; what would take them for numbers (arithmetic, casts, averages, initializers) is a
+            RuntimeError that says so: docs/packed-weight.md. c: in_features, padded.
         scales: buffer (n, c/group_size) float32, whatever the layer is cast to.
         bias: Parameter (n,) or None.
         dense_dtype: what ``dtype`` was, following .to(dtype) and .half().
