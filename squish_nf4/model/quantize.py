@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from squish_nf4.layout import cheapest_group_size
 from squish_nf4.model.choose import Candidate, as_patterns, children, choose
-from squish_nf4.model.linear_kinds import as_it_was, as_linear, is_conv1d, remember_class, weight_of
+from squish_nf4.model.linear_kinds import as_it_was, as_linear, is_conv1d, remember_class, wants_linear, weight_of
 from squish_nf4.model.report import LayerReport, QuantizeReport, weigh
 from squish_nf4.model.transformers_models import guard_resizing, untie
 from squish_nf4.nn.linear import NF4Linear
@@ -73,7 +73,8 @@ def quantize_model(
 def dequantize_model(model: nn.Module) -> tuple[str, ...]:
     """Replace every NF4Linear of a model by the dense layer that it computes, in place; tied weights stay tied.
 
-    The layer is an nn.Linear, or what was there before: Conv1D and FalconLinear of transformers.
+    The layer is an nn.Linear, or what was there before: Conv1D and FalconLinear of transformers. Below an adapter that
+    was put on the NF4Linear it is an nn.Linear, for that is what the adapter took it for.
 
     Returns:
         The names of the replaced layers.
@@ -84,18 +85,19 @@ def dequantize_model(model: nn.Module) -> tuple[str, ...]:
     _require_module("dequantize_model", model)
     if isinstance(model, NF4Linear):
         raise TypeError("dequantize_model: a bare NF4Linear cannot be replaced in place; use its to_linear()")
-    dense: dict[int, nn.Module] = {}
+    dense: dict[tuple[int, bool], nn.Module] = {}
     weights: dict[tuple[int, bool], nn.Parameter] = {}
     names = []
     for parent, attribute, name, module in list(children(model)):
         if not isinstance(module, NF4Linear):
             continue
-        if id(module) not in dense:
-            layer = as_it_was(module)
+        key = (id(module), wants_linear(parent, attribute))
+        if key not in dense:
+            layer = as_it_was(module, as_linear=key[1])
             layer.weight = weights.setdefault((id(module.weight), is_conv1d(layer)), layer.weight)  # type: ignore[arg-type]
             layer.bias = module.bias
-            dense[id(module)] = layer
-        setattr(parent, attribute, dense[id(module)])
+            dense[key] = layer
+        setattr(parent, attribute, dense[key])
         names.append(name)
     guard_resizing(model)
     return tuple(names)
