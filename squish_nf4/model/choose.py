@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from squish_nf4.model.linear_kinds import has_forward_of_linear, is_linear, shape_wanted, weight_of
 from squish_nf4.model.report import LeftAlone
-from squish_nf4.model.source_scan.readers import weight_readers
+from squish_nf4.model.source_scan.readers import Readers, weight_readers
 from squish_nf4.model.transformers_models import kept_in_float32, output_heads
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.ops import COMPUTE_DTYPES
@@ -100,8 +100,8 @@ def choose(
         if not is_linear(module) and _owns_matrix(module)
     }
     notes = _unmatched(model, skip, only)
-    readers, unseen = weight_readers(model)
-    notes += [f"{method} may read weights itself, and its source is not to be had" for method in unseen]
+    readers = weight_readers(model)
+    notes += readers.notes
     preferences = _Preferences(model, skip, only)
     chosen: dict[int, Candidate] = {}
     for key, candidate in linears.items():
@@ -138,7 +138,7 @@ def replaceable(model: nn.Module, in_nf4: Callable[[str], bool]) -> tuple[list[C
         if any(in_nf4(f"{name}.weight") for name in candidate.names)
     }
     in_float32 = kept_in_float32(model)
-    readers, _ = weight_readers(model)
+    readers = weight_readers(model)
     chosen: dict[int, Candidate] = {}
     dense: dict[str, str] = {}
     for key, candidate in linears.items():
@@ -184,7 +184,7 @@ class _Preferences:
         self.in_float32 = kept_in_float32(model)
         self.something_is_frozen = any(_is_frozen(module) for module in model.modules())
 
-    def reason_to_leave(self, candidate: Candidate, readers: dict[int, str]) -> str | None:
+    def reason_to_leave(self, candidate: Candidate, readers: Readers) -> str | None:
         module, names = candidate.module, candidate.names
         if isinstance(module, NF4Linear):
             return "already NF4"
@@ -225,14 +225,16 @@ def _float32_holder(names: list[str], in_float32: dict[str, str]) -> str | None:
     return next((holder for pattern, holder in in_float32.items() if any(_matches(n, [pattern]) for n in names)), None)
 
 
-def _reason_in_place(candidate: Candidate, readers: dict[int, str]) -> str | None:
+def _reason_in_place(candidate: Candidate, readers: Readers) -> str | None:
     """Why NF4Linear could not stand where this layer does."""
     for parent, attribute, _ in candidate.places:
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight itself"
         if isinstance(parent, nn.TransformerEncoderLayer) and attribute in ("linear1", "linear2"):
             return "the fast path of nn.TransformerEncoderLayer reads its weight itself"
-    return _reason_in_layer(candidate.module) or readers.get(id(weight_of(candidate.module)))
+        if attribute == "base_layer" and any(dict(getattr(parent, "use_dora", {})).values()):
+            return "DoRA reads its weight itself"
+    return _reason_in_layer(candidate.module) or readers.of.get(id(candidate.module))
 
 
 def _reason_in_layer(module: nn.Module) -> str | None:

@@ -58,8 +58,9 @@ def test_adapters_of_peft_stay_trainable() -> None:
     before = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(before) == 4
     report = quantize_model(model)
-    trained = [reason for name, reason in reasons(report).items() if "lora_" in name]
-    assert trained == ["it is being trained, while others are frozen"] * 4  # peft reads them: no advice
+    for name, reason in reasons(report).items():
+        if "lora_" in name:  # the forward of peft reads the dtype of lora_A: no advice
+            assert reason == ("it is being trained, while others are frozen" if "lora_A" in name else TRAINED)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == before
     assert len(report.layers) == 7
 
