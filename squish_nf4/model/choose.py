@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from squish_nf4.model.linear_kinds import has_forward_of_linear, is_linear, shape_wanted, weight_of
 from squish_nf4.model.report import LeftAlone
 from squish_nf4.model.source_scan.readers import Readers, weight_readers
-from squish_nf4.model.transformers_models import kept_in_float32, output_heads
+from squish_nf4.model.transformers_models import computes_with_tying, kept_in_float32, output_heads
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.ops import COMPUTE_DTYPES
 
@@ -111,11 +111,14 @@ def choose(
         else:
             left_alone[candidate.name] = (reason, candidate.module)
     for candidate, holder in _tied_to_dense(model, chosen):
+        reason = f"its weight is tied to {holder.name}"
         if only and any(_matches(name, only) for name in candidate.names):
-            candidate.tied_to = holder.name
-        else:
-            del chosen[id(candidate.module)]
-            left_alone[candidate.name] = (f"its weight is tied to {holder.name}", candidate.module)
+            if (owner := computes_with_tying(model, candidate.module)) is None:
+                candidate.tied_to = holder.name
+                continue
+            reason += f", and {owner} computes something else if config.tie_word_embeddings is False"
+        del chosen[id(candidate.module)]
+        left_alone[candidate.name] = (reason, candidate.module)
     entries = [LeftAlone(name, reason, _own_bytes(module)) for name, (reason, module) in left_alone.items()]
     return list(chosen.values()), entries, notes
 

@@ -11,7 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from squish_nf4.model.source_scan.readers import class_that_names
 from squish_nf4.nn.linear import NF4Linear
+
+TYING = "tie_word_embeddings"
 
 
 def _pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -61,6 +64,19 @@ def _output_embeddings(module: nn.Module) -> Any:
         return None
 
 
+def computes_with_tying(model: nn.Module, head: nn.Module) -> str | None:
+    """The class of a model with this head that computes with config.tie_word_embeddings, which untie would change.
+
+    SwitchTransformers and UMT5 scale what they hand to a tied head.
+    """
+    owners = [
+        class_that_names(module, TYING)
+        for _, module in _pretrained(model)
+        if _output_embeddings(module) is head and any(getattr(config, TYING, False) for config in _configs(module))
+    ]
+    return next((owner for owner in owners if owner is not None), None)
+
+
 def untie(model: nn.Module, head: nn.Module, names: Iterable[str]) -> bool:
     """Have transformers models tie the head of these names to their embedding no more; whether one of them did."""
     changed = False
@@ -70,8 +86,8 @@ def untie(model: nn.Module, head: nn.Module, names: Iterable[str]) -> bool:
             tied.pop(f"{name.removeprefix(prefix + '.' if prefix else '')}.weight", None)
         if _output_embeddings(module) is head:
             for config in _configs(module):
-                changed |= bool(getattr(config, "tie_word_embeddings", False))
-                config.tie_word_embeddings = False
+                changed |= bool(getattr(config, TYING, False))
+                setattr(config, TYING, False)
     return changed
 
 

@@ -87,9 +87,11 @@ def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 def _holders_of(target: nn.Module, first: bool, holders: dict[int, list[nn.Module]]) -> Iterable[nn.Module]:
     """The module whose weight is read; an adapter may answer with the weight of the layer that it wraps."""
-    if not first and target._parameters.get("weight") is not None:
+    if first:  # one that is tied to it, and is not reached so, may be parted from it
+        return [module for module in target.modules() if next(module.parameters(recurse=False), None) is not None][:1]
+    if target._parameters.get("weight") is not None:
         return [target]
-    weight = next(target.parameters(), None) if first else _attribute(target, "weight")
+    weight = _attribute(target, "weight")
     return holders.get(id(weight), ()) if isinstance(weight, Tensor) else ()
 
 
