@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -70,6 +69,12 @@ def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) or f".{pattern}." in f".{name}." for pattern in patterns)
+
+
+def _names_itself(pattern: str, name: str) -> bool:
+    """Whether a pattern names this module, and not only one that holds it; "*" names everything."""
+    own = pattern.split(".")[-1]
+    return pattern == "*" or (own != "*" and fnmatchcase(name.split(".")[-1], own) and _matches(name, [pattern]))
 
 
 def children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
@@ -185,7 +190,7 @@ class _Preferences:
         self.skip, self.only = skip, only
         self.heads = output_heads(model)
         self.in_float32 = kept_in_float32(model)
-        self.something_is_frozen = any(_is_frozen(module) for module in model.modules())
+        self.something_is_frozen = any(_is_frozen(name, module) for name, module in model.named_modules())
 
     def reason_to_leave(self, candidate: Candidate, readers: Readers) -> str | None:
         module, names = candidate.module, candidate.names
@@ -196,7 +201,8 @@ class _Preferences:
         if self.only is not None and not any(_matches(name, self.only) for name in names):
             return "only does not name it"
         never = _reason_in_place(candidate, readers)
-        if self.only is None and self.something_is_frozen and _is_trainable(module):
+        by_itself = any(_names_itself(pattern, name) for pattern in self.only or () for name in names)
+        if not by_itself and self.something_is_frozen and _is_trainable(module):
             return "it is being trained, while others are frozen" + ("" if never else ADVICE)
         if self.only is None and never is None and (reason := self._reason_by_default(module, names)):
             return reason + ADVICE
@@ -214,14 +220,22 @@ def _is_trainable(module: nn.Module) -> bool:
     return weight is not None and weight.requires_grad
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    """Whether somebody has stopped the training of this module.
+def _is_frozen(name: str, module: nn.Module) -> bool:
+    """Whether somebody has stopped the training of a matrix, or of the weight of a norm, that this module holds.
 
-    Embeddings do not count, for some models freeze their positions, nor do packed weights, which nobody trains.
+    What some models freeze themselves does not count: positions, which are known by their name, and what has a single
+    row. Nor do packed weights, which nobody trains, but the bias beside them does.
     """
-    counts = is_linear(module) or isinstance(module, _ConvNd) or "Norm" in type(module).__name__
-    tensor = module._parameters.get("bias") if isinstance(module, NF4Linear) else weight_of(module)
-    return counts and tensor is not None and tensor.is_floating_point() and not tensor.requires_grad
+    if isinstance(module, NF4Linear):
+        return module.bias is not None and not module.bias.requires_grad
+    if "Norm" in type(module).__name__:
+        weight = weight_of(module)
+        return weight is not None and weight.is_floating_point() and not weight.requires_grad
+    return any(
+        parameter.is_floating_point() and not parameter.requires_grad
+        for attribute, parameter in module.named_parameters(name, recurse=False)
+        if not is_lazy(parameter) and sum(size > 1 for size in parameter.shape) > 1 and "pos" not in attribute.lower()
+    )
 
 
 def _float32_holder(names: list[str], in_float32: dict[str, str]) -> str | None:

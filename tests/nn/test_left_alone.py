@@ -70,20 +70,54 @@ def test_a_model_that_is_all_trainable_or_all_frozen_is_quantized_whole(frozen: 
     assert len(quantize_model(adapted(*frozen)).layers) == 7
 
 
-@pytest.mark.parametrize("kind", ["norm", "conv", "linear"])
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(4, 64, 64))
+
+
+FROZEN: dict[str, Callable[[], nn.Module]] = {
+    "norm": lambda: nn.LayerNorm(64),
+    "conv": lambda: nn.Conv1d(4, 4, 3),
+    "linear": lambda: nn.Linear(64, 64),
+    "embedding": lambda: nn.Embedding(10, 64),
+    "lstm": lambda: nn.LSTM(64, 64),
+    "experts": Experts,
+}
+
+
+@pytest.mark.parametrize("kind", FROZEN)
 def test_a_frozen_layer_of_any_kind_counts(kind: str) -> None:
-    frozen = {"norm": nn.LayerNorm(64), "conv": nn.Conv1d(4, 4, 3), "linear": nn.Linear(64, 64)}[kind]
-    model = nn.ModuleDict({"frozen": frozen.requires_grad_(False), "head": nn.Linear(64, 64)})
+    model = nn.ModuleDict({"frozen": FROZEN[kind]().requires_grad_(False), "head": nn.Linear(64, 64)})
     assert reasons(quantize_model(model))["head"] == TRAINED
 
 
-def test_frozen_positions_do_not_count() -> None:
-    model = nn.ModuleDict({"positions": nn.Embedding(10, 64).requires_grad_(False), "layer": nn.Linear(64, 64)})
-    assert names(quantize_model(model)) == ["layer"]
+class FreezesItself(nn.Module):
+    """As models of transformers do at construction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_positions = nn.Embedding(10, 64).requires_grad_(False)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 10, 64), requires_grad=False)
+        self.correction = nn.Parameter(torch.zeros(1, 64), requires_grad=False)
+        self.layer = nn.Linear(64, 64)
 
 
-def test_only_overrules_training() -> None:
-    assert names(quantize_model(adapted("base"), only=["down", "up"])) == ["0.down", "0.up", "2.down", "2.up"]
+def test_frozen_positions_and_rows_do_not_count() -> None:
+    assert names(quantize_model(FreezesItself())) == ["layer"]
+
+
+@pytest.mark.parametrize("only", [["down", "up"], ["*.down", "2.up", "0.u?"], "*"])
+def test_only_overrules_training_of_what_it_names(only: Any) -> None:
+    taken = names(quantize_model(adapted("base"), only=only))
+    assert [name for name in taken if name[2:] in ("down", "up")] == ["0.down", "0.up", "2.down", "2.up"]
+
+
+@pytest.mark.parametrize("only", ["0", ["0", "base"], "0.*"])
+def test_a_pattern_of_what_holds_a_trained_layer_does_not_reach_it(only: Any) -> None:
+    report = quantize_model(adapted("base"), only=only)
+    assert {name for name in names(report) if not name.endswith("base")} == set()
+    assert reasons(report)["0.down"] == TRAINED
 
 
 def test_quantizing_twice_takes_what_is_left() -> None:
@@ -201,12 +235,6 @@ def test_the_work_grows_with_the_model_and_no_faster(walk: str) -> None:
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.zeros(4, 64, 64))
 
 
 def mixture() -> nn.Module:
