@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,22 +10,17 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
-from squish_nf4.model.linear_kinds import has_forward_of_linear, is_linear, shape_wanted, weight_of
-from squish_nf4.model.report import LeftAlone
+from squish_nf4.model.in_place import reason_in_place
+from squish_nf4.model.linear_kinds import is_linear, weight_of
+from squish_nf4.model.report import LeftAlone, bytes_of
 from squish_nf4.model.source_scan.readers import Readers, weight_readers
 from squish_nf4.model.transformers_models import computes_with_tying, kept_in_float32, output_heads
 from squish_nf4.nn.linear import NF4Linear
-from squish_nf4.ops import COMPUTE_DTYPES
 
 HEAD_NAMES = ("lm_head", "embed_out")  # quantized only if `only` names them: errors there reach the output directly
+POSITIONS = re.compile(r"(^|[._])pos", re.IGNORECASE)  # embed_positions.weight, pos_embed
 ADVICE = "; name it in only to quantize it"
-OWN = ("weight", "bias")
-HOOKS = (
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
-    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
 
 
 @dataclass
@@ -234,7 +230,7 @@ def _is_frozen(name: str, module: nn.Module) -> bool:
     return any(
         parameter.is_floating_point() and not parameter.requires_grad
         for attribute, parameter in module.named_parameters(name, recurse=False)
-        if not is_lazy(parameter) and sum(size > 1 for size in parameter.shape) > 1 and "pos" not in attribute.lower()
+        if not is_lazy(parameter) and sum(size > 1 for size in parameter.shape) > 1 and not POSITIONS.search(attribute)
     )
 
 
@@ -244,37 +240,11 @@ def _float32_holder(names: list[str], in_float32: dict[str, str]) -> str | None:
 
 def _reason_in_place(candidate: Candidate, readers: Readers) -> str | None:
     """Why NF4Linear could not stand where this layer does."""
-    for parent, attribute, _ in candidate.places:
-        if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight itself"
-        if isinstance(parent, nn.TransformerEncoderLayer) and attribute in ("linear1", "linear2"):
-            return "the fast path of nn.TransformerEncoderLayer reads its weight itself"
-        if attribute == "base_layer" and any(dict(getattr(parent, "use_dora", {})).values()):
-            return "DoRA reads its weight itself"
-    return _reason_in_layer(candidate.module) or readers.of.get(id(candidate.module))
-
-
-def _reason_in_layer(module: nn.Module) -> str | None:
-    if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-        return "it is not initialized yet: run the model once first"
-    weight = weight_of(module)
-    if parametrize.is_parametrized(module) or weight is None:
-        return "its weight is parametrized"
-    if not has_forward_of_linear(module):
-        return f"{type(module).__name__} has a forward of its own"
-    if any(getattr(module, hooks) for hooks in HOOKS):
-        return "it has hooks"
-    if extra := [*module._modules, *module._buffers, *(name for name in module._parameters if name not in OWN)]:
-        return f"it holds more than a weight and a bias: {', '.join(sorted(extra))}"
-    if weight.dtype not in COMPUTE_DTYPES:
-        return f"its weight is {weight.dtype}; float32, bfloat16 and float16 are computed"
-    if tuple(weight.shape) != (wanted := shape_wanted(module)):
-        return f"its weight has shape {tuple(weight.shape)}, and the layer says that it is {wanted}"
-    return None
+    return reason_in_place(candidate.module, candidate.places) or readers.of.get(id(candidate.module))
 
 
 def _own_bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters(recurse=False) if not is_lazy(parameter))
+    return sum(bytes_of(parameter) for parameter in module.parameters(recurse=False) if not is_lazy(parameter))
 
 
 def _tied_to_dense(model: nn.Module, chosen: dict[int, Candidate]) -> list[tuple[Candidate, Holder]]:

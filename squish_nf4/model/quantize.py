@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from squish_nf4.layout import cheapest_group_size
 from squish_nf4.model.choose import Candidate, as_patterns, children, choose
-from squish_nf4.model.linear_kinds import as_it_was, as_linear, is_conv1d, remember_class, wants_linear, weight_of
+from squish_nf4.model.linear_kinds import (
+    as_it_was,
+    as_linear,
+    is_conv1d,
+    is_linear,
+    remember_class,
+    wants_linear,
+    weight_of,
+)
 from squish_nf4.model.report import LayerReport, QuantizeReport, weigh
 from squish_nf4.model.transformers_models import guard_resizing, untie
 from squish_nf4.nn.linear import NF4Linear
@@ -43,27 +51,29 @@ def quantize_model(
         What was quantized, what was left alone and why.
 
     Raises:
-        TypeError: ``model`` is no module, or is itself an nn.Linear, which cannot be replaced in place.
+        TypeError: ``model`` is no module, or is itself a linear layer, which cannot be replaced in place.
         ValueError: a weight holds NaN or infinity, group_size is not positive, or a pattern of only matches no module.
     """
     _require_module("quantize_model", model)
     if group_size < 1:
         raise ValueError(f"quantize_model: group_size must be at least 1, got {group_size}")
-    if isinstance(model, nn.Linear) and not isinstance(model, NF4Linear):
-        raise TypeError(
-            "quantize_model: a bare nn.Linear cannot be replaced in place; use NF4Linear.from_linear(linear)"
-        )
+    if is_linear(model) and not isinstance(model, NF4Linear):
+        bare, instead = ("nn.Linear", "use NF4Linear.from_linear(linear)")
+        if is_conv1d(model):
+            bare, instead = ("Conv1D", "put it into a module")
+        raise TypeError(f"quantize_model: a bare {bare} cannot be replaced in place; {instead}")
     skip, only = as_patterns(skip), None if only is None else as_patterns(only)
     candidates, left_alone, notes = choose(model, skip, only)
     for candidate in candidates:
         _require_finite(candidate)
+        for parent, attribute, _ in candidate.places:
+            setattr(parent, attribute, candidate.module)  # as it is: a parent that refuses says so before any change
     before, _ = weigh(model)
-    notes += [_untie(model, candidate) for candidate in candidates if candidate.tied_to is not None]
     layers: list[LayerReport] = []
     replaced: dict[tuple[int, bool], NF4Linear] = {}
     candidates.reverse()
     while candidates:  # emptied as it goes: a dense weight is freed when its layer is replaced
-        layers.append(_replace(candidates.pop(), group_size, replaced))
+        layers.append(_replace(model, candidates.pop(), group_size, replaced, notes))
     guard_resizing(model)
     notes += _lost_on_meta(model)
     after, dense = weigh(model)
@@ -126,7 +136,13 @@ def _untie(model: nn.Module, candidate: Candidate) -> str:
     return f"{note}, and config.tie_word_embeddings is False" if configured else note
 
 
-def _replace(candidate: Candidate, group_size: int, replaced: dict[tuple[int, bool], NF4Linear]) -> LayerReport:
+def _replace(
+    model: nn.Module,
+    candidate: Candidate,
+    group_size: int,
+    replaced: dict[tuple[int, bool], NF4Linear],
+    notes: list[str],
+) -> LayerReport:
     """Put an NF4Linear in every place of a layer. replaced: what was made before, by weight and layout."""
     linear = as_linear(candidate.module)
     layer = NF4Linear.from_linear(linear, cheapest_group_size(linear.in_features, group_size))
@@ -136,6 +152,8 @@ def _replace(candidate: Candidate, group_size: int, replaced: dict[tuple[int, bo
         layer.weight, layer.scales = tied.weight, tied.scales
     if linear.bias is not None and not linear.bias.is_inference():
         layer.bias = linear.bias  # itself, not a copy: another module may hold it too
+    if candidate.tied_to is not None:
+        notes.append(_untie(model, candidate))
     for parent, attribute, _ in candidate.places:
         setattr(parent, attribute, layer)
     shape = (linear.out_features, linear.in_features)

@@ -161,6 +161,90 @@ def test_a_layer_on_which_somebody_hung_more_is_left_alone(kind: str) -> None:
     assert dense == {"0.weight": f"it holds more than a weight and a bias: {hung}"}
 
 
+class Called(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+class Penalized(nn.Linear):
+    strength = 0.1
+
+    def penalty(self) -> Tensor:
+        return self.weight.pow(2).sum()
+
+    @property
+    def norm(self) -> Tensor:
+        return self.weight.norm()
+
+
+class Repeated(nn.Linear):
+    """It defines what an NF4Linear has as well."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 64)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def extra_repr(self) -> str:
+        return "repeated"
+
+
+def test_a_layer_that_has_what_no_linear_layer_has_is_left_alone() -> None:
+    model = nn.ModuleDict({"called": Called(64, 64), "penalized": Penalized(64, 64), "repeated": Repeated()})
+    model["scaled"], model["loaded"] = nn.Linear(64, 64), nn.Linear(64, 64)
+    model["scaled"].scaling, model["loaded"]._is_hf_initialized = 2.0, True
+    report = quantize_model(model)
+    assert names(report) == ["repeated", "loaded"]
+    assert reasons(report) == {
+        "called": "Called has what nn.Linear has not: __call__",
+        "penalized": "Penalized has what nn.Linear has not: norm, penalty, strength",
+        "scaled": "Linear has what nn.Linear has not: scaling",
+    }
+
+
+def test_a_weight_with_hooks_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    model[1].weight.register_post_accumulate_grad_hook(lambda _: None)
+    report = quantize_model(model)
+    assert reasons(report) == dict.fromkeys("01", "its weight has hooks")
+
+
+class Labelled(Tensor):
+    pass
+
+
+def test_a_weight_that_is_no_plain_parameter_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = nn.Parameter(torch.randn(64, 64).as_subclass(Labelled))
+    model[2].weight = nn.Parameter(torch.eye(64).to_sparse())
+    report = quantize_model(model)
+    assert names(report) == ["0"]
+    assert reasons(report) == {"1": "its weight is a Labelled", "2": "its weight is torch.sparse_coo"}
+
+
+class Closed(nn.Module):
+    """Nobody replaces its child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(64, 64)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_modules", {}):
+            raise AttributeError("closed")
+        super().__setattr__(name, value)
+
+
+def test_a_parent_that_refuses_another_child_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), Closed())
+    before = dict(model.named_modules())
+    with pytest.raises(AttributeError, match="closed"):
+        quantize_model(model)
+    assert dict(model.named_modules()) == before
+
+
 def test_a_layer_whose_state_somebody_changes_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     model[0].register_state_dict_post_hook(lambda *_: None)

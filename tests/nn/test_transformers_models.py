@@ -23,6 +23,7 @@ from tests.support.transformers_models import (
     SIZES,
     T5_SIZES,
     TOKENS,
+    VISION,
     falcon,
     gpt2,
     made,
@@ -132,6 +133,23 @@ def test_conv1d_is_quantized_and_comes_back_as_it_was() -> None:
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_conv1d_comes_back_in_the_mode_that_its_layer_has() -> None:
+    require_transformers()
+    model: Any = gpt2()[0].train()
+    quantize_model(model)
+    model.eval()
+    dequantize_model(model)
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_bare_conv1d_is_refused() -> None:
+    require_transformers()
+    from transformers.pytorch_utils import Conv1D
+
+    with pytest.raises(TypeError, match="a bare Conv1D cannot be replaced in place; put it into a module"):
+        quantize_model(Conv1D(64, 64))
+
+
 def test_tied_conv1ds_stay_tied_there_and_back() -> None:
     require_transformers()
     from transformers.pytorch_utils import Conv1D
@@ -200,6 +218,28 @@ def test_heads_are_left_alone_unless_only_names_them(kind: str, heads: set[str])
     assert not heads & {*names(report)}
     if heads:
         assert {*names(quantize_model(model, only=[*heads]))} == heads
+
+
+TOWERS = {"text_config": {**SIZES, "eos_token_id": 9}, "vision_config": VISION}
+TASKS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "T5ForQuestionAnswering": (T5_SIZES, {"qa_outputs"}),
+    "CLIPForImageClassification": (TOWERS, {"classifier"}),
+    "SiglipForImageClassification": (TOWERS, {"classifier"}),
+    "WhisperForAudioClassification": (
+        {"d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "num_mel_bins": 16},
+        {"projector", "classifier"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_class_for_a_task_whose_base_has_another_name_has_heads(kind: str) -> None:
+    require_transformers()
+    settings, heads = TASKS[kind]
+    model, _ = made(kind, {}, **settings)
+    report = quantize_model(model, group_size=32)
+    assert {name for name, reason in reasons(report).items() if reason == HEAD} == heads
+    assert len(report.layers) > 1
 
 
 def test_what_get_output_embeddings_returns_is_a_head() -> None:
