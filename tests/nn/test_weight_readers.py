@@ -199,7 +199,11 @@ def without_wraps(function: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, T
 
 
 def with_wraps(function: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    return functools.wraps(function)(torch.compiler.disable(function))
+    @functools.wraps(function)
+    def around(self: Any, x: Tensor, inner: Callable[[Any, Tensor], Tensor] = function) -> Tensor:
+        return inner(self, x)
+
+    return around
 
 
 class Decorated(Reads):
@@ -629,6 +633,13 @@ class Returned(Reads):
 def test_a_weight_that_cannot_be_followed_is_noted(kind: type[nn.Module]) -> None:
     (note,) = quantize_model(nn.Sequential(kind())).notes
     assert note.startswith(f"{kind.__name__} reads a weight that cannot be followed (test_weight_readers.py:")
+
+
+def test_a_forward_put_on_an_instance_is_noted_if_it_cannot_be_followed() -> None:
+    module = Reads()
+    module.forward = lambda x: F.linear(x, module.proj.weight)  # type: ignore[method-assign]
+    (note,) = quantize_model(nn.Sequential(module)).notes
+    assert note.startswith("Reads reads a weight that cannot be followed (test_weight_readers.py:")
 
 
 # --- no source, and ties ----------------------------------------------------------------------------------------------

@@ -132,9 +132,11 @@ def _held(owner: Any, step: str) -> Iterable[Any]:
 
 def _own_methods(module: nn.Module) -> Iterator[Method]:
     """The functions that somebody has put on this very instance, such as another forward."""
-    for value in vars(module).values():
+    for name, value in vars(module).items():
         if isinstance(value, MethodType) and value.__self__ is module:
             yield from functions_of(value.__func__)
+        elif name == "forward":
+            yield from (Method(method.function, bound=False) for method in functions_of(value))
 
 
 def _reads(found: Iterable[Method], owner: str, notes: dict[str, None]) -> Iterator[Read]:
