@@ -36,8 +36,9 @@ def quantize_model(
     embedding, modules that a transformers model keeps in float32, and trainable layers of a model that is frozen in
     part, such as adapters. Always left alone: layers whose weight another module reads instead of calling them, as its
     source says; parametrized layers, layers with hooks or with more than an nn.Linear has, subclasses with a forward of
-    their own, and tied heads of models that compute with config.tie_word_embeddings. All weights are looked at before the first is replaced: if one is refused,
-    the model is as it was. Then each dense weight is freed when its layer is replaced.
+    their own, and tied heads of models that compute with config.tie_word_embeddings. All weights are looked at before
+    the first is replaced: if one is refused, the model is as it was. Then each dense weight is freed when its layer is
+    replaced.
 
     Args:
         model: any module; on the meta device it becomes the empty structure to load a saved state into.
