@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from squish_nf4.nn.packed import PackedModule
@@ -113,7 +114,7 @@ def _in_words(size: int) -> str:
 
 def bytes_of(tensor: Tensor) -> int:
     """Bytes of a tensor; one that is not strided counts as if it were."""
-    return tensor.numel() * tensor.element_size()
+    return tensor.nbytes if tensor.layout == torch.strided else tensor.numel() * tensor.element_size()
 
 
 def weigh(model: nn.Module) -> tuple[int, int]:
