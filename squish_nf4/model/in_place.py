@@ -65,6 +65,9 @@ def _reason_in_weight(module: nn.Module, weight: Tensor) -> str | None:
         return f"its weight is {weight.dtype}; float32, bfloat16 and float16 are computed"
     if tuple(weight.shape) != (wanted := shape_wanted(module)):
         return f"its weight has shape {tuple(weight.shape)}, and the layer says that it is {wanted}"
+    bias = module._parameters.get("bias")
+    if bias is not None and tuple(bias.shape) != wanted[is_conv1d(module) :][:1]:
+        return f"its bias has shape {tuple(bias.shape)}"
     return None
 
 

@@ -123,7 +123,9 @@ def test_a_pattern_of_what_holds_a_trained_layer_does_not_reach_it(only: Any) ->
 def test_quantizing_twice_takes_what_is_left() -> None:
     model = adapted()
     quantize_model(model, only="base")
-    assert names(quantize_model(model)) == ["3", "0.down", "0.up", "2.down", "2.up"]
+    report = quantize_model(model)
+    assert names(report) == ["3", "0.down", "0.up", "2.down", "2.up"]
+    assert report.notes == ()  # our own layers know what they read
 
 
 def test_adapters_on_layers_in_nf4_stay_trainable() -> None:
@@ -222,6 +224,12 @@ def test_a_weight_that_is_no_plain_parameter_is_left_alone() -> None:
     report = quantize_model(model)
     assert names(report) == ["0"]
     assert reasons(report) == {"1": "its weight is a Labelled", "2": "its weight is torch.sparse_coo"}
+
+
+def test_a_bias_that_is_spread_over_the_rows_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[0].bias = nn.Parameter(torch.ones(1))
+    assert reasons(quantize_model(model)) == {"0": "its bias has shape (1,)"}
 
 
 class Closed(nn.Module):

@@ -73,8 +73,12 @@ def _methods(kind: type) -> Iterator[tuple[str, Method]]:
 
 
 def _computes(base: type) -> bool:
-    """Whether methods of this class may compute; those of nn.Module and PreTrainedModel hold, load and resize."""
-    return base is not object and not base.__module__.startswith(("torch.nn.", "transformers.modeling_utils"))
+    """Whether methods of this class may take bytes for numbers.
+
+    Those of nn.Module and PreTrainedModel hold, load and resize; those of this package know what they read.
+    """
+    others = ("torch.nn.", "transformers.modeling_utils", "squish_nf4.")
+    return base is not object and not base.__module__.startswith(others)
 
 
 def functions_of(value: Any) -> Iterator[Method]:
