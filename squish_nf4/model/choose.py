@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
-from squish_nf4.model.linear_kinds import has_forward_of_linear, is_linear, shape_wanted, weight_of
-from squish_nf4.model.report import LeftAlone
-from squish_nf4.model.source_scan.readers import weight_readers
-from squish_nf4.model.transformers_models import kept_in_float32, output_heads
+from squish_nf4.model.in_place import reason_in_place
+from squish_nf4.model.linear_kinds import is_linear, weight_of
+from squish_nf4.model.report import LeftAlone, bytes_of
+from squish_nf4.model.source_scan.readers import Readers, weight_readers
+from squish_nf4.model.transformers_models import computes_with_tying, kept_in_float32, output_heads
 from squish_nf4.nn.linear import NF4Linear
-from squish_nf4.ops import COMPUTE_DTYPES
 
 HEAD_NAMES = ("lm_head", "embed_out")  # quantized only if `only` names them: errors there reach the output directly
+POSITIONS = re.compile(r"(^|[._])pos", re.IGNORECASE)  # embed_positions.weight, pos_embed
 ADVICE = "; name it in only to quantize it"
-OWN = ("weight", "bias")
-HOOKS = (
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
-    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
 
 
 @dataclass
@@ -72,6 +67,12 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) or f".{pattern}." in f".{name}." for pattern in patterns)
 
 
+def _names_itself(pattern: str, name: str) -> bool:
+    """Whether a pattern names this module, and not only one that holds it; "*" names everything."""
+    own = pattern.split(".")[-1]
+    return pattern == "*" or (own != "*" and fnmatchcase(name.split(".")[-1], own) and _matches(name, [pattern]))
+
+
 def children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
     """(parent, attribute, full name, child) for every place, also where one module stands at several."""
     for prefix, parent in model.named_modules(remove_duplicate=False):
@@ -100,8 +101,8 @@ def choose(
         if not is_linear(module) and _owns_matrix(module)
     }
     notes = _unmatched(model, skip, only)
-    readers, unseen = weight_readers(model)
-    notes += [f"{method} may read weights itself, and its source is not to be had" for method in unseen]
+    readers = weight_readers(model)
+    notes += readers.notes
     preferences = _Preferences(model, skip, only)
     chosen: dict[int, Candidate] = {}
     for key, candidate in linears.items():
@@ -111,11 +112,14 @@ def choose(
         else:
             left_alone[candidate.name] = (reason, candidate.module)
     for candidate, holder in _tied_to_dense(model, chosen):
+        reason = f"its weight is tied to {holder.name}"
         if only and any(_matches(name, only) for name in candidate.names):
-            candidate.tied_to = holder.name
-        else:
-            del chosen[id(candidate.module)]
-            left_alone[candidate.name] = (f"its weight is tied to {holder.name}", candidate.module)
+            if (owner := computes_with_tying(model, candidate.module)) is None:
+                candidate.tied_to = holder.name
+                continue
+            reason += f", and {owner} computes something else if config.tie_word_embeddings is False"
+        del chosen[id(candidate.module)]
+        left_alone[candidate.name] = (reason, candidate.module)
     entries = [LeftAlone(name, reason, _own_bytes(module)) for name, (reason, module) in left_alone.items()]
     return list(chosen.values()), entries, notes
 
@@ -138,7 +142,7 @@ def replaceable(model: nn.Module, in_nf4: Callable[[str], bool]) -> tuple[list[C
         if any(in_nf4(f"{name}.weight") for name in candidate.names)
     }
     in_float32 = kept_in_float32(model)
-    readers, _ = weight_readers(model)
+    readers = weight_readers(model)
     chosen: dict[int, Candidate] = {}
     dense: dict[str, str] = {}
     for key, candidate in linears.items():
@@ -182,9 +186,9 @@ class _Preferences:
         self.skip, self.only = skip, only
         self.heads = output_heads(model)
         self.in_float32 = kept_in_float32(model)
-        self.something_is_frozen = any(_is_frozen(module) for module in model.modules())
+        self.something_is_frozen = any(_is_frozen(name, module) for name, module in model.named_modules())
 
-    def reason_to_leave(self, candidate: Candidate, readers: dict[int, str]) -> str | None:
+    def reason_to_leave(self, candidate: Candidate, readers: Readers) -> str | None:
         module, names = candidate.module, candidate.names
         if isinstance(module, NF4Linear):
             return "already NF4"
@@ -193,7 +197,8 @@ class _Preferences:
         if self.only is not None and not any(_matches(name, self.only) for name in names):
             return "only does not name it"
         never = _reason_in_place(candidate, readers)
-        if self.only is None and self.something_is_frozen and _is_trainable(module):
+        by_itself = any(_names_itself(pattern, name) for pattern in self.only or () for name in names)
+        if not by_itself and self.something_is_frozen and _is_trainable(module):
             return "it is being trained, while others are frozen" + ("" if never else ADVICE)
         if self.only is None and never is None and (reason := self._reason_by_default(module, names)):
             return reason + ADVICE
@@ -211,51 +216,35 @@ def _is_trainable(module: nn.Module) -> bool:
     return weight is not None and weight.requires_grad
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    """Whether somebody has stopped the training of this module.
+def _is_frozen(name: str, module: nn.Module) -> bool:
+    """Whether somebody has stopped the training of a matrix, or of the weight of a norm, that this module holds.
 
-    Embeddings do not count, for some models freeze their positions, nor do packed weights, which nobody trains.
+    What some models freeze themselves does not count: positions, which are known by their name, and what has a single
+    row. Nor do packed weights, which nobody trains, but the bias beside them does.
     """
-    counts = is_linear(module) or isinstance(module, _ConvNd) or "Norm" in type(module).__name__
-    tensor = module._parameters.get("bias") if isinstance(module, NF4Linear) else weight_of(module)
-    return counts and tensor is not None and tensor.is_floating_point() and not tensor.requires_grad
+    if isinstance(module, NF4Linear):
+        return module.bias is not None and not module.bias.requires_grad
+    if "Norm" in type(module).__name__:
+        weight = weight_of(module)
+        return weight is not None and weight.is_floating_point() and not weight.requires_grad
+    return any(
+        parameter.is_floating_point() and not parameter.requires_grad
+        for attribute, parameter in module.named_parameters(name, recurse=False)
+        if not is_lazy(parameter) and sum(size > 1 for size in parameter.shape) > 1 and not POSITIONS.search(attribute)
+    )
 
 
 def _float32_holder(names: list[str], in_float32: dict[str, str]) -> str | None:
     return next((holder for pattern, holder in in_float32.items() if any(_matches(n, [pattern]) for n in names)), None)
 
 
-def _reason_in_place(candidate: Candidate, readers: dict[int, str]) -> str | None:
+def _reason_in_place(candidate: Candidate, readers: Readers) -> str | None:
     """Why NF4Linear could not stand where this layer does."""
-    for parent, attribute, _ in candidate.places:
-        if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight itself"
-        if isinstance(parent, nn.TransformerEncoderLayer) and attribute in ("linear1", "linear2"):
-            return "the fast path of nn.TransformerEncoderLayer reads its weight itself"
-    return _reason_in_layer(candidate.module) or readers.get(id(weight_of(candidate.module)))
-
-
-def _reason_in_layer(module: nn.Module) -> str | None:
-    if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-        return "it is not initialized yet: run the model once first"
-    weight = weight_of(module)
-    if parametrize.is_parametrized(module) or weight is None:
-        return "its weight is parametrized"
-    if not has_forward_of_linear(module):
-        return f"{type(module).__name__} has a forward of its own"
-    if any(getattr(module, hooks) for hooks in HOOKS):
-        return "it has hooks"
-    if extra := [*module._modules, *module._buffers, *(name for name in module._parameters if name not in OWN)]:
-        return f"it holds more than a weight and a bias: {', '.join(sorted(extra))}"
-    if weight.dtype not in COMPUTE_DTYPES:
-        return f"its weight is {weight.dtype}; float32, bfloat16 and float16 are computed"
-    if tuple(weight.shape) != (wanted := shape_wanted(module)):
-        return f"its weight has shape {tuple(weight.shape)}, and the layer says that it is {wanted}"
-    return None
+    return reason_in_place(candidate.module, candidate.places) or readers.of.get(id(candidate.module))
 
 
 def _own_bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters(recurse=False) if not is_lazy(parameter))
+    return sum(bytes_of(parameter) for parameter in module.parameters(recurse=False) if not is_lazy(parameter))
 
 
 def _tied_to_dense(model: nn.Module, chosen: dict[int, Candidate]) -> list[tuple[Candidate, Holder]]:

@@ -56,10 +56,22 @@ def remember_class(layer: NF4Linear, module: nn.Module) -> None:
         vars(layer)[CLASS_BEFORE] = type(module)
 
 
-def as_it_was(layer: NF4Linear) -> nn.Module:
-    """The dense module that an NF4Linear computes, of the class and in the layout that were there before it."""
+def wants_linear(parent: nn.Module, attribute: str) -> bool:
+    """Whether this place is for an nn.Linear, whatever stood there before the NF4Linear that it holds.
+
+    An adapter that was put on an NF4Linear took it for an nn.Linear, and merges as it would into one. One that was put
+    on a Conv1D says ``fan_in_fan_out``.
+    """
+    return not getattr(parent, "fan_in_fan_out", attribute != "base_layer")
+
+
+def as_it_was(layer: NF4Linear, as_linear: bool = False) -> nn.Module:
+    """The dense module that an NF4Linear computes, of the class and in the layout that were there before it.
+
+    as_linear: it is an nn.Linear, even if there was none.
+    """
     linear, kind = layer.to_linear(), vars(layer).get(CLASS_BEFORE)
-    if kind is None:
+    if kind is None or as_linear:
         return linear
     if issubclass(kind, nn.Linear):
         linear.__class__ = kind

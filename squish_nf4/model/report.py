@@ -6,7 +6,8 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from squish_nf4.nn.packed import PackedModule
 
@@ -111,9 +112,14 @@ def _in_words(size: int) -> str:
     return f"{size} bytes"
 
 
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes of a tensor; one that is not strided counts as if it were."""
+    return tensor.nbytes if tensor.layout == torch.strided else tensor.numel() * tensor.element_size()
+
+
 def weigh(model: nn.Module) -> tuple[int, int]:
     """Bytes of all parameters and buffers, and of those that are not in NF4; each tensor once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     packed = {id(t) for m in model.modules() if isinstance(m, PackedModule) for t in (m.weight, m.scales)}
-    size_of = {key: tensor.nbytes for key, tensor in tensors.items()}
+    size_of = {key: bytes_of(tensor) for key, tensor in tensors.items()}
     return sum(size_of.values()), sum(size for key, size in size_of.items() if key not in packed)

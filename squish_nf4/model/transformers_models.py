@@ -5,20 +5,28 @@ transformers is not imported: a class with ``base_model_prefix`` is one of its m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
+from squish_nf4.model.source_scan.readers import class_that_names
 from squish_nf4.nn.linear import NF4Linear
+
+TYING = "tie_word_embeddings"
 
 
 def _pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of each transformers model that the model is or holds."""
     for name, module in model.named_modules():
-        if isinstance(getattr(type(module), "base_model_prefix", None), str):
+        if _is_pretrained(module):
             yield name, module
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    return isinstance(getattr(type(module), "base_model_prefix", None), str)
 
 
 def kept_in_float32(model: nn.Module) -> dict[str, str]:
@@ -35,23 +43,29 @@ def output_heads(model: nn.Module) -> set[int]:
     """Ids of the modules that turn what the base model computes into results: lm_head, score, classifier.
 
     They are what stands beside the base model and in no other transformers model, as the vision tower beside a language
-    model is one.
+    model is one. A class for a task (``CLIPForImageClassification``) may hold such models and none that it calls its
+    base; if it has no output embeddings, what stands beside them is its head.
     """
     heads: set[int] = set()
     for _, module in _pretrained(model):
+        head = _output_embeddings(module)
         base = module._modules.get(str(getattr(type(module), "base_model_prefix", "")))
-        if base is not None:
-            heads |= set(_ids_outside(module, base)) - {id(each) for each in base.modules()}
-        if (head := _output_embeddings(module)) is not None:
+        bases = [base] if base is not None else []
+        if base is None and head is None and re.search(r"\wFor[A-Z]", type(module).__name__):
+            bases = [child for child in module.children() if _is_pretrained(child)]
+        if bases:
+            inside = {id(each) for base in bases for each in base.modules()}
+            heads |= set(_ids_outside(module, bases)) - inside
+        if head is not None:
             heads.add(id(head))
     return heads
 
 
-def _ids_outside(module: nn.Module, base: nn.Module) -> Iterator[int]:
+def _ids_outside(module: nn.Module, bases: list[nn.Module]) -> Iterator[int]:
     for child in module.children():
-        if child is not base and not isinstance(getattr(type(child), "base_model_prefix", None), str):
+        if not any(child is base for base in bases) and not _is_pretrained(child):
             yield id(child)
-            yield from _ids_outside(child, base)
+            yield from _ids_outside(child, bases)
 
 
 def _output_embeddings(module: nn.Module) -> Any:
@@ -59,6 +73,19 @@ def _output_embeddings(module: nn.Module) -> Any:
         return module.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):  # a model without them
         return None
+
+
+def computes_with_tying(model: nn.Module, head: nn.Module) -> str | None:
+    """The class of a model with this head that computes with config.tie_word_embeddings, which untie would change.
+
+    SwitchTransformers and UMT5 scale what they hand to a tied head.
+    """
+    owners = [
+        class_that_names(module, TYING)
+        for _, module in _pretrained(model)
+        if _output_embeddings(module) is head and any(getattr(config, TYING, False) for config in _configs(module))
+    ]
+    return next((owner for owner in owners if owner is not None), None)
 
 
 def untie(model: nn.Module, head: nn.Module, names: Iterable[str]) -> bool:
@@ -70,8 +97,8 @@ def untie(model: nn.Module, head: nn.Module, names: Iterable[str]) -> bool:
             tied.pop(f"{name.removeprefix(prefix + '.' if prefix else '')}.weight", None)
         if _output_embeddings(module) is head:
             for config in _configs(module):
-                changed |= bool(getattr(config, "tie_word_embeddings", False))
-                config.tie_word_embeddings = False
+                changed |= bool(getattr(config, TYING, False))
+                setattr(config, TYING, False)
     return changed
 
 

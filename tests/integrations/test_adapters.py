@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from squish_nf4 import NF4Linear, quantize_model
-from tests.support.helpers import require_transformers, required_module
-from tests.support.transformers_models import GROUPED, TOKENS, made
+from squish_nf4 import NF4Linear, dequantize_model, quantize_model
+from tests.support.helpers import reasons, require_transformers, required_module
+from tests.support.transformers_models import GROUPED, TOKENS, gpt2, made
 
 # Of PEFT and transformers, about each other.
 OTHERS = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]
@@ -93,3 +93,62 @@ def test_an_adapter_that_needs_the_dense_weight_is_refused(model: nn.Module, nam
     with pytest.raises(RuntimeError, match="packed NF4 bytes"):
         peft.get_peft_model(adapted, config)(IDS)
     assert_same(packed_bytes(adapted), packed_bytes(model))
+
+
+@pytest.mark.parametrize("order", ["quantize, then adapters", "adapters, then quantize"])
+def test_a_conv1d_is_merged_right_after_it_is_dense_again(order: str) -> None:
+    """An adapter on an NF4Linear takes it for an nn.Linear: what it wraps has to be one when it merges."""
+    require_transformers()
+    peft = required_module("peft")
+    torch.manual_seed(0)
+    adapted, _ = gpt2()
+    config = peft.LoraConfig(r=4, target_modules=["attn.c_proj"], fan_in_fan_out=True)
+    if order == "quantize, then adapters":
+        quantize_model(adapted)
+        adapted = peft.get_peft_model(adapted, config)
+    else:
+        adapted = peft.get_peft_model(adapted, config)
+        quantize_model(adapted)
+    for p in adapted.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.2)
+    expected = adapted(IDS).logits
+    layer = adapted.base_model.model.transformer.h[0].attn
+    assert isinstance(layer.c_proj.base_layer, NF4Linear)
+    dequantize_model(adapted)
+    wanted = "Linear" if order == "quantize, then adapters" else "Conv1D"
+    assert type(layer.c_proj.base_layer).__name__ == wanted
+    assert type(layer.c_attn).__name__ == "Conv1D"
+    torch.testing.assert_close(adapted(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# What is quantized below an adapter that was there first: nothing, where its forward reads the weight.
+FIRST: dict[str, tuple[Make, str]] = {
+    "LoRA": (TRAINED["LoRA"], ""),
+    "IA3": (TRAINED["IA3"], ""),
+    "VeRA": (TRAINED["VeRA"], ""),
+    "LoHa": (lambda peft: peft.LoHaConfig(r=4, target_modules=["q_proj"]), "Linear reads its weight itself (layer.py:"),
+    "LoKr": (lambda peft: peft.LoKrConfig(r=4, target_modules=["q_proj"]), "Linear reads its weight itself (layer.py:"),
+    "HRA": (REFUSED["HRA"], "HRALinear reads its weight itself (layer.py:"),
+    "SHiRA": (REFUSED["SHiRA"], "Linear reads its weight itself (tuners_utils.py:"),
+    "DoRA": (REFUSED["DoRA"], "DoRA reads its weight itself"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_layer_below_an_adapter_that_reads_it_stays_dense(name: str) -> None:
+    require_transformers()
+    peft = required_module("peft")
+    make, reason = FIRST[name]
+    llama, _ = made("LlamaForCausalLM", TOKENS, **GROUPED)
+    adapted = peft.get_peft_model(llama, make(peft)).eval()
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    report = quantize_model(adapted, group_size=32)
+    below = {name: why for name, why in reasons(report).items() if name.endswith("base_layer")}
+    assert bool(below) == bool(reason)
+    assert all(why.startswith(reason) for why in below.values())
+    assert len(report.layers) + len(below) == 14
+    assert [name for name, p in adapted.named_parameters() if p.requires_grad] == trained
+    adapted(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)

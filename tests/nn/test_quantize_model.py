@@ -217,11 +217,10 @@ def test_what_else_owns_a_matrix_is_named() -> None:
     }
 
 
-def test_modules_that_the_model_keeps_in_float32_are_left_alone() -> None:
+@pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+def test_modules_that_the_model_keeps_in_float32_are_left_alone(attribute: str) -> None:
     model = Model()
-    model._keep_in_fp32_modules = [
-        "down"
-    ]  # how transformers says it; T5 casts its activations to such a weight's dtype
+    setattr(model, attribute, ["down"])  # how transformers says it; T5 casts its activations to such a weight's dtype
     report = quantize_model(model)
     assert names(report) == ["layers.0.up", "layers.1.up"]
     assert reasons(report)["layers.0.down"] == "Model keeps it in float32; name it in only to quantize it"

@@ -14,7 +14,22 @@ from torch import Tensor, nn
 
 from squish_nf4 import NF4Linear, convert, dequantize_model, load_into, quantize_model
 from tests.support.helpers import names, reasons, require_transformers, required_module
-from tests.support.transformers_models import BOTH, GROUPED, IDS, OTHERS, READERS, SIZES, falcon, gpt2, made, t5
+from tests.support.transformers_models import (
+    BOTH,
+    GROUPED,
+    IDS,
+    OTHERS,
+    READERS,
+    SIZES,
+    T5_SIZES,
+    TOKENS,
+    VISION,
+    falcon,
+    gpt2,
+    made,
+    switch,
+    t5,
+)
 
 
 def results(model: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> Tensor:
@@ -28,10 +43,18 @@ def results(model: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> Ten
     return next(out[kind] for kind in kinds if out.get(kind) is not None).float()
 
 
-def require_as_its_twin(model: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> None:
-    """The dense model whose weights are what the NF4 layers decode to gives the same, within rounding."""
-    twin = copy.deepcopy(model)
-    dequantize_model(twin)
+def require_as_its_twin(model: nn.Module, dense: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> None:
+    """The dense model whose weights are what the NF4 layers decode to gives the same, within rounding.
+
+    dense: a copy from before; nothing else that quantize_model may have changed, such as a setting, is taken over.
+    """
+    twin: Any = copy.deepcopy(dense)
+    for name, layer in model.named_modules():
+        if isinstance(layer, NF4Linear):
+            weight = layer.to_linear().weight.detach()
+            place = twin.get_submodule(name)
+            place.weight = nn.Parameter(weight if isinstance(place, nn.Linear) else weight.t().contiguous())
+    twin.train(model.training)
     found, exact = results(model, inputs, dtype), results(twin, inputs, dtype)
     error = float((found - exact).norm() / exact.norm())
     assert error < (1e-5 if dtype == torch.float32 else 2e-2)
@@ -51,14 +74,14 @@ def test_layers_that_a_model_reads_stay_dense_and_it_works(name: str, dtype: tor
     model = model.to(dtype)
     if name == "Gemma3n":  # what it reads, it reads in training
         model.train()
-    by_default, all_of_it = copy.deepcopy(model), model
+    dense, by_default, all_of_it = copy.deepcopy(model), copy.deepcopy(model), model
     found = read_layers(quantize_model(by_default, group_size=32))
-    require_as_its_twin(by_default, inputs, dtype)
+    require_as_its_twin(by_default, dense, inputs, dtype)
     report = quantize_model(all_of_it, group_size=32, only="*")
     assert {layer.split(".")[-1] for layer in read_layers(report)} == read
     assert found <= read_layers(report)
     assert len(report.layers) > 1
-    require_as_its_twin(all_of_it, inputs, dtype)
+    require_as_its_twin(all_of_it, dense, inputs, dtype)
 
 
 @pytest.mark.sweeps
@@ -67,20 +90,22 @@ def test_models_that_read_no_weights_are_quantized_whole(name: str) -> None:
     require_transformers()
     make, layers = OTHERS[name]
     model, inputs = make()
+    dense = copy.deepcopy(model)
     report = quantize_model(model, group_size=32)
     assert read_layers(report) == set()
+    assert report.notes == ()
     assert len(report.layers) == layers
-    require_as_its_twin(model, inputs, torch.float32)
+    require_as_its_twin(model, dense, inputs, torch.float32)
 
 
 def test_only_does_not_quantize_what_t5_reads() -> None:
     require_transformers()
     model, inputs = t5()
+    dense = copy.deepcopy(model)
     report = quantize_model(model, only=["wo"])
     assert report.layers == ()
     assert all("only" not in reason for name, reason in reasons(report).items() if name.endswith("wo"))
-    require_as_its_twin(model, inputs, torch.float32)
-    assert inputs is BOTH
+    require_as_its_twin(model, dense, inputs, torch.float32)
 
 
 # --- layers of other classes ------------------------------------------------------------------------------------------
@@ -106,6 +131,23 @@ def test_conv1d_is_quantized_and_comes_back_as_it_was() -> None:
     assert torch.equal(after.bias, before.bias)
     assert model.state_dict().keys() == dense.state_dict().keys()
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_conv1d_comes_back_in_the_mode_that_its_layer_has() -> None:
+    require_transformers()
+    model: Any = gpt2()[0].train()
+    quantize_model(model)
+    model.eval()
+    dequantize_model(model)
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_bare_conv1d_is_refused() -> None:
+    require_transformers()
+    from transformers.pytorch_utils import Conv1D
+
+    with pytest.raises(TypeError, match="a bare Conv1D cannot be replaced in place; put it into a module"):
+        quantize_model(Conv1D(64, 64))
 
 
 def test_tied_conv1ds_stay_tied_there_and_back() -> None:
@@ -178,6 +220,28 @@ def test_heads_are_left_alone_unless_only_names_them(kind: str, heads: set[str])
         assert {*names(quantize_model(model, only=[*heads]))} == heads
 
 
+TOWERS = {"text_config": {**SIZES, "eos_token_id": 9}, "vision_config": VISION}
+TASKS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "T5ForQuestionAnswering": (T5_SIZES, {"qa_outputs"}),
+    "CLIPForImageClassification": (TOWERS, {"classifier"}),
+    "SiglipForImageClassification": (TOWERS, {"classifier"}),
+    "WhisperForAudioClassification": (
+        {"d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "num_mel_bins": 16},
+        {"projector", "classifier"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_class_for_a_task_whose_base_has_another_name_has_heads(kind: str) -> None:
+    require_transformers()
+    settings, heads = TASKS[kind]
+    model, _ = made(kind, {}, **settings)
+    report = quantize_model(model, group_size=32)
+    assert {name for name, reason in reasons(report).items() if reason == HEAD} == heads
+    assert len(report.layers) > 1
+
+
 def test_what_get_output_embeddings_returns_is_a_head() -> None:
     class Decoder(nn.Module):
         base_model_prefix = "missing"
@@ -205,8 +269,9 @@ def test_a_tower_beside_the_base_model_is_no_head() -> None:
         return Pretrained(layer=nn.Linear(64, 64))
 
     model = Pretrained(language_model=tower(), vision=tower(), score=nn.Linear(64, 4))
+    model.the_same = model.language_model.layer  # it is the base model's, whatever else holds it
     report = quantize_model(model)
-    assert names(report) == ["language_model.layer", "vision.layer"]
+    assert names(report) == ["the_same", "vision.layer"]
     assert reasons(report) == {"score": HEAD}
 
 
@@ -257,6 +322,77 @@ def test_an_untied_head_stays_untied() -> None:
     assert model.lm_head.weight is packed
     assert model.config.tie_word_embeddings is False
     assert torch.equal(model(IDS).logits, expected)
+
+
+def umt5() -> Any:
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    return made("UMT5ForConditionalGeneration", BOTH, **T5_SIZES, **ids, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("make", [switch, umt5])
+def test_a_tied_head_whose_input_is_scaled_for_that_stays_tied(make: Any) -> None:
+    """config.tie_word_embeddings would have to become False, and forward scales by it."""
+    require_transformers()
+    model, inputs = make()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    dense = copy.deepcopy(model)
+    report = quantize_model(model, only=["lm_head", "q"], group_size=32)
+    reason = reasons(report)["lm_head"]
+    assert "its weight is tied to " in reason
+    assert reason.endswith(
+        f", and {type(model).__name__} computes something else if config.tie_word_embeddings is False"
+    )
+    assert model.config.tie_word_embeddings is True
+    assert len(report.layers) > 1
+    require_as_its_twin(model, dense, inputs, torch.float32)
+
+
+def llama_tied() -> Any:
+    return made("LlamaForCausalLM", TOKENS, **GROUPED, tie_word_embeddings=True)
+
+
+def openai_gpt() -> Any:
+    """Its attention reads shapes, and its base model the weight of the embedding, which stays dense."""
+    return made("OpenAIGPTLMHeadModel", TOKENS, vocab_size=100, n_embd=64, n_layer=2, n_head=4)
+
+
+@pytest.mark.parametrize("make", [llama_tied, t5, openai_gpt])
+def test_a_head_is_parted_and_nothing_else_is_changed(make: Any) -> None:
+    require_transformers()
+    model, inputs = make()
+    dense = copy.deepcopy(model)
+    assert names(quantize_model(model, only=["lm_head"], group_size=32)) == ["lm_head"]
+    require_as_its_twin(model, dense, inputs, torch.float32)
+
+
+def test_the_configuration_of_the_decoder_counts_too() -> None:
+    """A model whose own configuration ties nothing, as older releases write it."""
+
+    class Config:
+        def __init__(self, tied: bool, text: Config | None = None) -> None:
+            self.tie_word_embeddings, self.text = tied, text
+
+        def get_text_config(self, decoder: bool) -> Config:
+            return self.text or self
+
+    class Decoder(nn.Module):
+        base_model_prefix = "missing"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = Config(False, Config(True))
+            self.embed, self.lm_head = nn.Embedding(100, 64), nn.Linear(64, 100, bias=False)
+            self.lm_head.weight = self.embed.weight
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
+
+    model = Decoder()
+    report = quantize_model(model, only=["lm_head"])
+    assert report.notes[0].endswith("and config.tie_word_embeddings is False")
+    assert model.config.text is not None
+    assert model.config.text.tie_word_embeddings is False
 
 
 def test_a_head_that_stays_tied_keeps_its_configuration() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,226 @@ class Columns(Reads):
 class First(Reads):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.free(x).to(next(self.proj.parameters()).dtype))
+
+
+class FirstNamed(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        p = next(self.proj.parameters())
+        return self.proj(self.free(x).to(device=p.device, dtype=p.dtype))
+
+
+class FirstOfAnIterator(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.free(x).to(next(iter(self.proj.parameters())).dtype))
+
+
+class FirstOfAGenerator(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.free(x).to(next(p for p in self.proj.parameters()).dtype))
+
+
+class FirstOfAList(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.free(x).to(list(self.proj.parameters())[0].dtype))  # noqa: RUF015
+
+
+class FirstOfPairs(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.free(x).to(next(self.proj.named_parameters())[1].dtype))
+
+
+class FirstAsAnExample(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.free(x).to(next(self.proj.parameters())))
+
+
+class PositionalOnly(Reads):
+    def forward(self, x: Tensor, /) -> Tensor:
+        return self.proj(self.free(x).to(self.proj.weight.dtype))
+
+
+class OtherBytes(Reads):
+    """torch.uint8 is named, but no dtype of the weight is compared with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x > 0).to(torch.uint8)
+        if mask.dtype == torch.uint8:
+            x = self.free(x).to(self.proj.weight.dtype)
+        return self.proj(x) * mask
+
+
+class Compared(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.float32 if self.proj.weight.dtype == torch.float32 else torch.bfloat16
+        return self.proj(self.free(x).to(dtype))
+
+
+class Unpacked(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        _rows, columns = self.proj.weight.shape
+        return self.proj(self.free(x)) / columns
+
+
+class NamedShape(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.proj.weight.shape
+        return self.proj(self.free(x)) / shape[1]
+
+
+class SizeOne(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.free(x)) / self.proj.weight.size(1)
+
+
+class SizeByName(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.free(x)) / self.proj.weight.size(dim=1)
+
+
+class CommentAtTheMargin(Reads):
+    # fmt: off
+    def forward(self, x: Tensor) -> Tensor:
+        """Text
+at the margin."""
+    # and a comment
+        return self.proj(self.free(x).to(self.proj.weight.dtype))
+    # fmt: on
+
+
+class ByName(Cast):
+    """The overriding method calls the overridden one by the name of its class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Cast.forward(self, x)
+
+
+class NameLikeOtherWork(Reads):
+    def fuse_in(self, x: Tensor) -> Tensor:
+        return x.to(self.proj.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.fuse_in(self.free(x)))
+
+
+class Cached(Reads):
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        return self.proj.weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.free(x).to(self.dtype))
+
+
+def without_wraps(function: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def around(self: Any, x: Tensor) -> Tensor:
+        return function(self, x)
+
+    return around
+
+
+def with_wraps(function: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    @functools.wraps(function)
+    def around(self: Any, x: Tensor, inner: Callable[[Any, Tensor], Tensor] = function) -> Tensor:
+        return inner(self, x)
+
+    return around
+
+
+class Decorated(Reads):
+    @without_wraps
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.free(x).to(self.proj.weight.dtype))
+
+
+class Wrapped(Reads):
+    @with_wraps
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.free(x).to(self.proj.weight.dtype))
+
+
+class Lambda(Reads):
+    cast = lambda self, x: x.to(self.proj.weight.dtype)  # noqa: E731
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.cast(self.free(x)))
+
+
+class Patched(Reads):
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = MethodType(Cast.forward, self)
+
+
+class SetLater(Reads):
+    """What a method sets is no setting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast = False
+
+    def be_fast(self) -> None:
+        self.fast = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fast:
+            return F.linear(self.free(x), self.proj.weight)
+        return self.proj(self.free(x))
+
+
+class AttributeThatIsNoModule(Reads):
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self)["hidden"] = self.proj
+        self.held = {"both": [self.other, self.proj]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.free(x), self.held["both"][1].weight) + F.linear(x, self.hidden.weight)
+
+
+class BoundLists(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        pair, (first, second) = [self.proj, self.other], self.layers
+        for layer in pair:
+            x = F.linear(x, layer.weight)
+        return F.linear(self.free(x), first.weight + second.weight)
+
+
+class SliceOfLayers(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.free(x), self.layers[1:][0].weight)
+
+
+class EveryModule(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        for _, module in self.named.named_modules():
+            if isinstance(module, nn.Linear):
+                x = F.linear(x, module.weight)
+        return self.free(x)
+
+
+class ByPath(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        layer, other = self.get_submodule("inner.proj"), self._modules["proj"]
+        return F.linear(self.free(x), layer.weight) + F.linear(x, other._parameters["weight"])
+
+
+class PropertyOfALayer(Reads):
+    @property
+    def layer(self) -> nn.Linear:
+        return self.proj
+
+    def get_other(self) -> nn.Linear:
+        return self.other
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.free(x), self.layer.weight) + F.linear(x, self.get_other().weight)
+
+
+class GotByAName(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ("weight", "bias"):
+            x = x + getattr(self.proj, name).sum()
+        return self.free(x)
 
 
 class OnlyInTraining(Reads):
@@ -162,6 +383,15 @@ class Inner(Reads):
 
 READERS: list[tuple[type[nn.Module], list[str]]] = [
     *((kind, ["proj"]) for kind in (Product, Functional, Slice, View, Chunk, Local, Got, Cast, Columns, First)),
+    *((kind, ["proj"]) for kind in (FirstNamed, FirstOfAnIterator, FirstOfAGenerator, FirstOfAList, FirstOfPairs)),
+    *((kind, ["proj"]) for kind in (FirstAsAnExample, PositionalOnly, OtherBytes, Compared, Unpacked, NamedShape)),
+    *((kind, ["proj"]) for kind in (SizeOne, SizeByName, CommentAtTheMargin, ByName, NameLikeOtherWork, Cached)),
+    *(
+        (kind, ["proj"])
+        for kind in (Decorated, Wrapped, Lambda, Patched, SetLater, AttributeThatIsNoModule, GotByAName)
+    ),
+    *((BoundLists, ["layers.0", "layers.1", "other", "proj"]), (SliceOfLayers, ["layers.0", "layers.1"])),
+    *((EveryModule, ["named.a"]), (ByPath, ["inner.proj", "proj"]), (PropertyOfALayer, ["other", "proj"])),
     *((kind, ["proj"]) for kind in (OnlyInTraining, OtherMethod, Inherited, Property)),
     *((ThroughWrapper, ["wrapped.proj"]), (Index, ["layers.1"]), (Loop, ["layers.0", "layers.1"])),
     *((Items, ["named.a"]), (Inner, ["inner.proj"])),
@@ -218,18 +448,41 @@ class Asks(Reads):
     def forward(self, x: Tensor) -> Tensor:
         assert self.proj.weight is not None
         assert isinstance(self.proj.weight, Tensor)
+        assert torch.is_tensor(self.proj.weight)
         assert self.proj.weight.ndim == self.proj.weight.dim() == 2
         assert len(self.proj.weight.shape) == len(self.proj.weight.size()) == 2
-        if self.proj.weight.dtype != torch.float16:
+        rows, _ = self.proj.weight.shape
+        if self.proj.weight.data_ptr():
             x = x.to(self.proj.weight.device)
-        return self.proj(x).reshape(-1, self.proj.weight.shape[0], self.proj.weight.size(0) // 64)
+        x = self.proj(x).reshape(-1, self.proj.weight.shape[0], self.proj.weight.size(0) // rows)
+        return x.reshape(-1, *self.proj.weight.shape[:1]).reshape(-1, self.proj.weight.shape[-2])
+
+
+class Named(Reads):
+    """The same of a weight that has a name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, first = self.proj.weight, next(self.proj.parameters())
+        assert weight is not None
+        return self.proj(x.to(weight.device).to(device=first.device)).view(-1, weight.size(dim=0))
+
+    def count(self) -> int:
+        return self.proj.weight.numel() + sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
 class KnowsBytes(Reads):
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.proj.weight
         if self.proj.weight.dtype != torch.uint8:
             x = x.to(self.proj.weight.dtype)
-        return self.proj(x)
+        if x.dtype != weight.dtype and weight.dtype not in (torch.int8, torch.uint8):
+            x = x.to(weight.dtype)
+        return self.proj(x.to(weight.dtype if weight.is_floating_point() else x.dtype))
+
+
+class FirstFloating(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.to(next(p.dtype for p in self.parameters() if p.is_floating_point())))
 
 
 class Bias(Reads):
@@ -251,7 +504,7 @@ class HandsOn(nn.Module):
         return self.proj(x)
 
 
-@pytest.mark.parametrize("kind", [Harmless, Asks, KnowsBytes, Bias, Overridden, HandsOn])
+@pytest.mark.parametrize("kind", [Harmless, Asks, Named, KnowsBytes, FirstFloating, Bias, Overridden, HandsOn])
 def test_what_is_right_for_packed_bytes_keeps_nothing_dense(kind: type[nn.Module]) -> None:
     model = nn.Sequential(kind())
     report = quantize_model(model)
@@ -322,6 +575,73 @@ def test_a_branch_that_nobody_can_judge_counts() -> None:
     assert list(reasons(quantize_model(nn.Sequential(Unknown())))) == ["0.proj"]
 
 
+class Ends(Reads):
+    """What follows an else that returns runs only if the condition holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.slow:
+            x = x + 1
+        else:
+            return self.proj(x)
+        return F.linear(x, self.proj.weight)
+
+
+def test_what_follows_an_else_that_returns_counts_if_the_condition_holds() -> None:
+    off, on = Ends(), Ends()
+    on.slow = True
+    assert list(reasons(quantize_model(nn.ModuleList([off, on])))) == ["1.proj"]
+
+
+# --- what cannot be followed ------------------------------------------------------------------------------------------
+
+
+class Helper(Reads):
+    def cast(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        return x.to(layer.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.cast(x, self.proj))
+
+
+class StaticHelper(Reads):
+    @staticmethod
+    def cast(layer: nn.Linear, x: Tensor) -> Tensor:
+        return x.to(layer.weight.dtype)
+
+
+class ClassHelper(Reads):
+    @classmethod
+    def cast(cls, layer: nn.Linear, x: Tensor) -> Tensor:
+        return x.to(layer.weight.dtype)
+
+
+class Arguments(Reads):
+    def forward(*both: Any) -> Tensor:
+        self, x = both
+        return F.linear(x, self.proj.weight)
+
+
+class Returned(Reads):
+    def layer(self) -> nn.Linear:
+        return self.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer().weight)
+
+
+@pytest.mark.parametrize("kind", [Helper, StaticHelper, ClassHelper, Arguments, Returned])
+def test_a_weight_that_cannot_be_followed_is_noted(kind: type[nn.Module]) -> None:
+    (note,) = quantize_model(nn.Sequential(kind())).notes
+    assert note.startswith(f"{kind.__name__} reads a weight that cannot be followed (test_weight_readers.py:")
+
+
+def test_a_forward_put_on_an_instance_is_noted_if_it_cannot_be_followed() -> None:
+    module = Reads()
+    module.forward = lambda x: F.linear(x, module.proj.weight)  # type: ignore[method-assign]
+    (note,) = quantize_model(nn.Sequential(module)).notes
+    assert note.startswith("Reads reads a weight that cannot be followed (test_weight_readers.py:")
+
+
 # --- no source, and ties ----------------------------------------------------------------------------------------------
 
 
@@ -337,4 +657,4 @@ def test_a_layer_tied_to_one_that_is_read_stays_dense() -> None:
     model["tied"].weight = model["reader"].proj.weight
     report = quantize_model(model)
     assert "tied" not in names(report)
-    assert reasons(report)["tied"].startswith("Product reads its weight itself")
+    assert reasons(report)["tied"] == "its weight is tied to reader.proj.weight"

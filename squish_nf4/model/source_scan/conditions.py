@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,37 +17,40 @@ COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
 }
 
 
-def truth(node: ast.expr, this: str, module: nn.Module) -> bool | None:
-    """Whether a condition holds for this module; None if that is not to be seen from its attributes."""
+def truth(node: ast.expr, this: str, module: nn.Module, changing: Container[str] = ()) -> bool | None:
+    """Whether a condition holds for this module; None if that is not to be seen from its attributes.
+
+    changing: names of attributes that may have another value later.
+    """
     if isinstance(node, ast.BoolOp):
-        found = [truth(value, this, module) for value in node.values]
+        found = [truth(value, this, module, changing) for value in node.values]
         decisive = isinstance(node.op, ast.Or)
         return decisive if decisive in found else None if None in found else not decisive
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        inner = truth(node.operand, this, module)
+        inner = truth(node.operand, this, module, changing)
         return None if inner is None else not inner
     try:
-        value = _value(node, this, module)
+        value = _value(node, this, module, changing)
         return None if value is UNKNOWN or isinstance(value, (Tensor, nn.Module)) else bool(value)
     except Exception:  # what an object of the model answers to a comparison is its own affair
         return None
 
 
-def _value(node: ast.expr, this: str, module: nn.Module) -> Any:
+def _value(node: ast.expr, this: str, module: nn.Module, changing: Container[str]) -> Any:
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name) and node.id == this:
         return module
     if isinstance(node, ast.Attribute):
-        owner = _value(node.value, this, module)
-        if owner is UNKNOWN or isinstance(owner, Tensor) or node.attr == "training":
+        owner = _value(node.value, this, module, changing)
+        if owner is UNKNOWN or isinstance(owner, Tensor) or node.attr == "training" or node.attr in changing:
             return UNKNOWN
         if isinstance(owner, nn.Module):
             held = {**owner._parameters, **owner._buffers, **owner._modules, **vars(owner)}
             return held.get(node.attr, UNKNOWN)
         return getattr(owner, node.attr, UNKNOWN)
     if isinstance(node, ast.Compare):
-        values = [_value(each, this, module) for each in (node.left, *node.comparators)]
+        values = [_value(each, this, module, changing) for each in (node.left, *node.comparators)]
         if any(value is UNKNOWN for value in values):
             return UNKNOWN
         pairs = zip(values, values[1:], node.ops, strict=False)

@@ -1,25 +1,34 @@
-"""What one method reads: every path from ``self`` to the ``.weight`` of another module, and under which conditions."""
+"""What one method does with weights that are not its own, and under which conditions."""
 
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from squish_nf4.model.source_scan.values import DTYPE, MODULE, SHAPE, WEIGHT, Function, Names, Steps, Value, number
+
 Condition = tuple[ast.expr, bool]  # an expression, and what it has to be for a line to run
-Steps = tuple["str | None", ...]  # attributes and items that lead from a module to another one; None: any child
-HARMLESS = ("device", "is_meta", "is_cuda", "layout", "ndim", "dim", "requires_grad", "requires_grad_", "grad")
+# What is right of packed bytes as well; their numel() is not, but it counts a model's parameters and no more.
+HARMLESS = {
+    WEIGHT: (
+        *("device", "is_meta", "is_cuda", "layout", "ndim", "dim", "requires_grad", "requires_grad_", "grad"),
+        *("data_ptr", "is_floating_point", "numel"),
+    ),
+    DTYPE: ("is_floating_point",),
+    SHAPE: (),
+}
+ASKS = ("isinstance", "hasattr", "is_tensor", "len")
+CASTS = ("to", "type_as")
 
 
 @dataclass(frozen=True)
 class Read:
-    """A line that reads a weight.
+    """A line that takes packed bytes for numbers.
 
     Attributes:
         steps: from the module whose method it is to the layer.
-        first: the line reads the first parameter below that module, whosever it is.
+        first: the line takes the first parameter below that module, whosever it is.
         place: file and line.
         this: what the method calls ``self``.
         conditions: under which it runs.
@@ -33,87 +42,20 @@ class Read:
 
 
 class MethodReads:
-    """Collects the reads of one method."""
+    """Collects the reads of one method.
 
-    def __init__(self, method: ast.FunctionDef | ast.AsyncFunctionDef, file: str, line: int, knows_bytes: bool) -> None:
-        self.this = method.args.args[0].arg
-        self.file, self.line, self.knows_bytes = file, line, knows_bytes
-        self.parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
-        self.locals: dict[str, set[Steps]] = defaultdict(set)
-        for _ in range(2):  # a name may be bound further down than it is used, in a loop
-            self._bind(ast.walk(method))
+    Attributes:
+        reads: those of layers that are reached from ``self``.
+        lost: the lines that read the weight of what nobody can follow.
+    """
+
+    def __init__(self, function: Function, this: str | None, file: str, line_before: int) -> None:
+        self.this, self.file, self.line_before = this or "", file, line_before
+        self.parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
+        self.names = Names(function, this)
         self.reads: list[Read] = []
-        self._block(method.body, ())
-
-    # --- which modules an expression may be ---
-
-    def _modules(self, node: ast.AST | None) -> set[Steps]:
-        if isinstance(node, ast.Name):
-            return {(), *self.locals[node.id]} if node.id == self.this else self.locals[node.id]
-        if isinstance(node, ast.Attribute):
-            return {(*steps, node.attr) for steps in self._modules(node.value)}
-        if isinstance(node, ast.Subscript):
-            key = node.slice
-            if isinstance(key, ast.Slice):
-                return self._modules(node.value)
-            known = isinstance(key, ast.Constant) and not isinstance(key.value, bool)
-            item = str(key.value) if known and isinstance(key, ast.Constant) else None
-            return {(*steps, item) for steps in self._modules(node.value)}
-        if isinstance(node, ast.IfExp):
-            return self._modules(node.body) | self._modules(node.orelse)
-        if isinstance(node, ast.BoolOp):
-            return {steps for value in node.values for steps in self._modules(value)}
-        if isinstance(node, ast.NamedExpr):
-            return self._modules(node.value)
-        if (name := _got_attribute(node)) is not None and isinstance(node, ast.Call):
-            return {(*steps, name or None) for steps in self._modules(node.args[0])}
-        return set()
-
-    def _items(self, node: ast.expr) -> set[Steps]:
-        """What a loop over the expression goes through."""
-        if isinstance(node, ast.Call):
-            if isinstance(node.func, ast.Attribute) and node.func.attr in ("children", "values"):
-                return {(*steps, None) for steps in self._modules(node.func.value)}
-            if isinstance(node.func, ast.Name) and node.func.id in ("reversed", "list", "tuple") and node.args:
-                return self._items(node.args[0])
-            return set()
-        if isinstance(node, (ast.Tuple, ast.List)):
-            return {steps for element in node.elts for steps in self._modules(element)}
-        return {(*steps, None) for steps in self._modules(node)}
-
-    def _bind(self, nodes: Iterable[ast.AST]) -> None:
-        for node in nodes:
-            if isinstance(node, ast.Assign):
-                for target in node.targets:
-                    self._bind_to(target, node.value)
-            elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
-                self._bind_to(node.target, node.value)
-            elif isinstance(node, (ast.For, ast.AsyncFor, ast.comprehension)):
-                self._bind_loop(node.target, node.iter)
-
-    def _bind_to(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, ast.Name):
-            self.locals[target.id] |= self._modules(value)
-        elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
-            for one, its_value in zip(target.elts, value.elts, strict=True):
-                self._bind_to(one, its_value)
-
-    def _bind_loop(self, target: ast.expr, over: ast.expr) -> None:
-        if isinstance(target, ast.Name):
-            self.locals[target.id] |= self._items(over)
-        elif isinstance(target, ast.Tuple) and isinstance(over, ast.Call):
-            called = over.func.id if isinstance(over.func, ast.Name) else getattr(over.func, "attr", "")
-            if called == "zip" and len(target.elts) == len(over.args):
-                for one, its_items in zip(target.elts, over.args, strict=True):
-                    self._bind_loop(one, its_items)
-            elif called == "enumerate" and over.args:
-                self._bind_loop(target.elts[-1], over.args[0])
-            elif called in ("items", "named_children") and isinstance(over.func, ast.Attribute):
-                last = target.elts[-1]
-                if isinstance(last, ast.Name):
-                    self.locals[last.id] |= {(*steps, None) for steps in self._modules(over.func.value)}
-
-    # --- what it reads ---
+        self.lost: list[str] = []
+        self._block(function.body if isinstance(function.body, list) else [function.body], ())
 
     def _block(self, statements: list[Any], conditions: tuple[Condition, ...]) -> None:
         """Visits statements; those after ``if a: return`` run only if not a."""
@@ -126,7 +68,8 @@ class MethodReads:
                     conditions = (*conditions, (statement.test, True))
 
     def _visit(self, node: ast.AST, conditions: tuple[Condition, ...]) -> None:
-        self._record(node, conditions)
+        if isinstance(node, ast.expr):
+            self._record(node, conditions)
         if isinstance(node, (ast.If, ast.IfExp)):
             self._visit(node.test, conditions)
             for part, wanted in ((node.body, True), (node.orelse, False)):
@@ -136,6 +79,12 @@ class MethodReads:
             for value in node.values:
                 self._visit(value, conditions)
                 conditions = (*conditions, (value, isinstance(node.op, ast.And)))
+        elif isinstance(node, (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)):
+            for loop in node.generators:
+                self._visit(loop, conditions)
+                conditions += tuple((test, True) for test in loop.ifs)
+            for part in (node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,):
+                self._visit(part, conditions)
         else:
             for _, value in ast.iter_fields(node):
                 if isinstance(value, list):
@@ -143,61 +92,88 @@ class MethodReads:
                 elif isinstance(value, ast.AST):
                     self._visit(value, conditions)
 
-    def _record(self, node: ast.AST, conditions: tuple[Condition, ...]) -> None:
-        holder, first = None, False
-        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
-            holder = node.value
-        elif _got_attribute(node) == "weight" and isinstance(node, ast.Call):
-            holder = node.args[0]
-        elif (of := _first_parameter_of(node)) is not None:
-            holder, first = of, True
-        modules = self._modules(holder)
-        if modules and not self._is_harmless(node, first):
-            place = f"{self.file}:{self.line + getattr(node, 'lineno', 1) - 1}"
-            self.reads += [Read(steps, first, place, self.this, conditions) for steps in modules]
+    def _record(self, node: ast.expr, conditions: tuple[Condition, ...]) -> None:
+        place = f"{self.file}:{self.line_before + node.lineno}"
+        is_weight = isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)
+        if is_weight and isinstance(node, ast.Attribute) and not self.names.values(node.value):
+            self.lost.append(place)
+        for value in self._followed(node):
+            if not self._is_harmless(node, value, conditions):
+                self.reads.append(Read(value.steps, value.first, place, self.this, conditions))
 
-    def _is_harmless(self, node: ast.AST, first: bool) -> bool:
-        """Whether what is done with a weight is right for packed bytes as well."""
+    def _followed(self, node: ast.AST | None) -> list[Value]:
+        """The weights, dtypes and shapes that an expression may be."""
+        return sorted((v for v in self.names.values(node) if v.kind != MODULE), key=lambda value: value.steps)
+
+    # --- what does no harm ---
+
+    def _is_harmless(self, node: ast.expr, value: Value, conditions: tuple[Condition, ...]) -> bool:
+        """Whether what is done with a value is right for packed bytes, or is looked at where it leads to."""
         user = self.parents[node]
-        if isinstance(user, ast.Compare):
-            return all(isinstance(op, (ast.Is, ast.IsNot)) for op in user.ops)
-        if isinstance(user, ast.Call) and isinstance(user.func, ast.Name) and user.func.id in ("isinstance", "hasattr"):
+        if isinstance(user, (ast.Expr, ast.FormattedValue)) or self._is_bound_by(user, node, value):
             return True
-        if not isinstance(user, ast.Attribute):
-            return first  # nobody knows which parameter that is, unless its dtype is taken at once
-        if user.attr == "dtype":
-            return self.knows_bytes or isinstance(self.parents[user], (ast.Compare, ast.FormattedValue))
-        if user.attr in ("shape", "size"):
-            return not self._asks_for_columns(user)
-        return user.attr in HARMLESS or first
+        if self._followed(user) and not (isinstance(user, ast.IfExp) and node is user.test):
+            return True  # it is still followed, as what the whole expression is
+        called = _called(user) if isinstance(user, ast.Call) and node in user.args else ""
+        if (
+            value.first and value.kind == WEIGHT
+        ):  # what is done with any parameter: only a cast to its dtype fits no bytes
+            return called not in CASTS and not (isinstance(user, ast.Attribute) and user.attr.startswith("new"))
+        if isinstance(user, ast.Attribute):
+            asked = user.attr == "size" and isinstance(self.parents[user], ast.Call)
+            return user.attr in HARMLESS[value.kind] or (asked and _asks_for_rows(self.parents[user]))
+        if called in ASKS:
+            return True
+        if isinstance(user, ast.Compare) and value.kind == WEIGHT:
+            return all(isinstance(op, (ast.Is, ast.IsNot)) for op in user.ops)
+        if value.kind == SHAPE:
+            return isinstance(user, ast.Subscript) and user.value is node and _is_rows(user.slice)
+        return value.kind == DTYPE and self._knows_bytes(node, conditions)
 
-    def _asks_for_columns(self, shape: ast.Attribute) -> bool:
-        """Whether a shape is asked for another number than that of the rows: packed bytes have fewer columns."""
-        user = self.parents[shape]
-        asked = user.slice if isinstance(user, ast.Subscript) else None
-        if isinstance(user, ast.Call) and user.func is shape and user.args:
-            asked = user.args[0]
-        return asked is not None and not (isinstance(asked, ast.Constant) and asked.value == 0)
+    def _is_bound_by(self, user: ast.AST, node: ast.expr, value: Value) -> bool:
+        """Whether a statement only gives it a name."""
+        if isinstance(user, (ast.For, ast.AsyncFor, ast.comprehension)):
+            return bool(value.inside) and user.iter is node
+        if isinstance(user, (ast.AnnAssign, ast.NamedExpr)):
+            return isinstance(user.target, ast.Name)
+        return isinstance(user, ast.Assign) and all(_only_names(target, value) for target in user.targets)
+
+    def _knows_bytes(self, node: ast.AST, conditions: tuple[Condition, ...]) -> bool:
+        """Whether a dtype stands beside or behind a question whether it is a floating one, or torch.uint8."""
+        if any(self.names.asks_for_bytes(test) for test, _ in conditions):
+            return True
+        while isinstance(node := self.parents[node], (ast.Compare, ast.BoolOp, ast.UnaryOp)):
+            if self.names.asks_for_bytes(node):
+                return True
+        return False
+
+
+def _called(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+
+
+def _only_names(target: ast.expr, value: Value) -> bool:
+    """Whether a target gives the value a name; of an unpacked shape, the number of rows alone may get one."""
+    if isinstance(target, ast.Name):
+        return True
+    if not isinstance(target, (ast.Tuple, ast.List)):
+        return False
+    if value.kind == SHAPE and not value.inside:
+        return all(isinstance(one, ast.Name) and one.id == "_" for one in target.elts[1:])
+    return bool(value.inside)
+
+
+def _is_rows(asked: ast.expr) -> bool:
+    """Whether this item of a shape is the number of rows, which packed bytes have too."""
+    if isinstance(asked, ast.Slice):
+        return asked.lower is None and asked.upper is not None and number(asked.upper) in (1, -1)
+    return number(asked) in (0, -2)
+
+
+def _asks_for_rows(call: ast.AST) -> bool:
+    asked = [*call.args, *(word.value for word in call.keywords)] if isinstance(call, ast.Call) else []
+    return all(_is_rows(one) for one in asked)
 
 
 def _ends(statements: list[ast.stmt]) -> bool:
     return bool(statements) and isinstance(statements[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break))
-
-
-def _got_attribute(node: ast.AST | None) -> str | None:
-    """The name that ``getattr(x, "name")`` asks for; "" if it is not written there, None if this is no getattr."""
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr"):
-        return None
-    if len(node.args) < 2:
-        return None
-    name = node.args[1]
-    return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else ""
-
-
-def _first_parameter_of(node: ast.AST) -> ast.expr | None:
-    """x of ``next(x.parameters())``."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "next" and node.args:
-        made = node.args[0]
-        if isinstance(made, ast.Call) and isinstance(made.func, ast.Attribute) and made.func.attr == "parameters":
-            return made.func.value
-    return None

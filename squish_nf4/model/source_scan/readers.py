@@ -1,131 +1,174 @@
 """Who reads the weight of a layer instead of calling the layer: found in the source of the modules that hold it.
 
 ``F.linear(x, self.proj.weight)`` would compute with packed bytes. Running a model does not find all of it: some code
-runs only on a GPU, or only in training. So the methods of each class are parsed, and every path from ``self`` to a
-``.weight`` is followed on the module itself. A branch that this module does not take, by its settings, does not count.
-A function outside the class that is handed a layer is not seen.
+runs only on a GPU, or only in training. So the methods of each class are parsed, and what they do with weights is
+followed on the module itself. A branch that this module does not take, by its settings, does not count. What cannot be
+followed is noted. A function outside the class that is handed a layer is not seen.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from tokenize import TokenError
-from types import CodeType, FunctionType
+from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 
-from squish_nf4.model.source_scan.conditions import truth
-from squish_nf4.model.source_scan.method import MethodReads, Read, Steps
-
-# Methods that make, load, tie or change a model: they compute no activations, or say themselves what they need.
-OTHER_WORK = (
-    *("__init__", "__repr__", "__getstate__", "__setstate__", "__deepcopy__", "extra_repr", "state_dict", "register"),
-    *("init", "_init", "initialize", "reset", "_reset", "tie", "_tie", "untie", "prune", "_prune", "load", "_load"),
-    *("save", "_save", "from_", "set_", "resize", "_resize", "_get_resized", "merge", "unmerge", "fuse"),
+from squish_nf4.model.source_scan.class_source import (
+    Method,
+    first_argument,
+    functions_of,
+    methods,
+    names_in,
+    set_later,
+    tree_of,
 )
+from squish_nf4.model.source_scan.conditions import truth
+from squish_nf4.model.source_scan.method import MethodReads, Read
+from squish_nf4.model.source_scan.values import BELOW, CHILD, Steps
 
 
-def weight_readers(model: nn.Module) -> tuple[dict[int, str], list[str]]:
-    """For each weight that a module other than its own reads: {id of the weight: a sentence that says who and where}.
+@dataclass
+class Readers:
+    """Who reads weights.
 
-    The second value names the methods that may read weights and whose source is not to be had.
+    Attributes:
+        of: for each module whose weight another one reads, {its id: a sentence that says who and where}.
+        notes: a sentence for each method that may read weights and cannot be followed.
     """
-    readers: dict[int, str] = {}
+
+    of: dict[int, str] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
+
+
+def weight_readers(model: nn.Module) -> Readers:
+    readers = Readers()
     of_class: dict[type, list[Read]] = {}
-    unseen: dict[str, None] = {}
+    holders = _holders(model)
     for module in model.modules():
-        kind = type(module)
+        kind: Any = type(module)
         if kind not in of_class:
-            of_class[kind], without_source = _reads_of_class(kind)
-            unseen |= dict.fromkeys(without_source)
-        for read in of_class[kind]:
-            if any(truth(test, read.this, module) is (not wanted) for test, wanted in read.conditions):
+            of_class[kind] = list(_reads(methods(kind), kind.__name__, readers.notes))
+        for read in [*of_class[kind], *_reads(_own_methods(module), kind.__name__, readers.notes)]:
+            changing = set_later(kind) if read.conditions else ()
+            if any(truth(test, read.this, module, changing) is (not wanted) for test, wanted in read.conditions):
                 continue
             for target in _follow(module, read.steps):
-                weight = next(target.parameters(), None) if read.first else _weight_of(target)
-                if weight is not None and (target is not module or read.first):
-                    readers.setdefault(id(weight), f"{kind.__name__} reads its weight itself ({read.place})")
-    return readers, list(unseen)
+                if target is module and not read.first:
+                    continue  # its own weight
+                for holder in _holders_of(target, read.first, holders):
+                    readers.of.setdefault(id(holder), f"{kind.__name__} reads its weight itself ({read.place})")
+    return readers
 
 
-def _weight_of(module: nn.Module) -> Tensor | None:
-    """What ``module.weight`` is; an adapter may answer with the weight of the layer that it wraps."""
-    weight: object = module._parameters.get("weight")
-    if weight is None and isinstance(inspect.getattr_static(module, "weight", None), property):
-        with suppress(Exception):  # the property is the model's own code
-            weight = module.weight
-    return weight if isinstance(weight, Tensor) else None
+def class_that_names(model: nn.Module, setting: str) -> str | None:
+    """The first class of a model that has a method, such as forward, in which a setting is read."""
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        if any(setting in names_in(method.function.__code__) for method in methods(kind)):
+            return kind.__name__
+    return None
 
 
-def _follow(module: nn.Module, steps: Steps) -> Iterator[nn.Module]:
+def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules that hold a parameter themselves, by its id."""
+    holders: defaultdict[int, list[nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders[id(parameter)].append(module)
+    return holders
+
+
+def _holders_of(target: nn.Module, first: bool, holders: dict[int, list[nn.Module]]) -> Iterable[nn.Module]:
+    """The module whose weight is read; an adapter may answer with the weight of the layer that it wraps."""
+    if first:  # one that is tied to it, and is not reached so, may be parted from it
+        return [module for module in target.modules() if next(module.parameters(recurse=False), None) is not None][:1]
+    if target._parameters.get("weight") is not None:
+        return [target]
+    weight = _attribute(target, "weight")
+    return holders.get(id(weight), ()) if isinstance(weight, Tensor) else ()
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    """An attribute, a property or, of ``name()``, what a method returns; it is the model's own code, and may fail."""
+    with suppress(Exception), warnings.catch_warnings(action="ignore"):
+        return getattr(owner, name.removesuffix("()"))() if name.endswith("()") else getattr(owner, name)
+    return None
+
+
+def _follow(owner: Any, steps: Steps) -> Iterator[nn.Module]:
+    """The modules to which steps lead, also through lists and dictionaries that are no modules."""
     if not steps:
-        yield module
+        if isinstance(owner, nn.Module):
+            yield owner
         return
-    step, rest = steps[0], steps[1:]
-    held = module._modules.values() if step is None else (module._modules.get(step) or vars(module).get(step),)
-    for child in held:
-        if isinstance(child, nn.Module):
-            yield from _follow(child, rest)
+    for held in _held(owner, steps[0]):
+        yield from _follow(held, steps[1:])
 
 
-def _reads_of_class(kind: type) -> tuple[list[Read], list[str]]:
-    """What the methods of a class and its bases read, and the names of those without a source."""
-    reads: list[Read] = []
-    without_source: list[str] = []
-    for function in _methods(kind):
-        found = _reads_of_function(function)
-        if found is None:
-            without_source.append(f"{kind.__name__}.{function.__name__}")
+def _held(owner: Any, step: str) -> Iterable[Any]:
+    if isinstance(owner, dict):
+        return owner.values() if step in (CHILD, BELOW) else [owner.get(step)]
+    if isinstance(owner, (list, tuple)):
+        return owner if step in (CHILD, BELOW) or not step.isdigit() else owner[int(step) : int(step) + 1]
+    if not isinstance(owner, nn.Module):
+        return ()
+    if step == BELOW:
+        return owner.modules()
+    if step == CHILD:
+        return [child for child in owner._modules.values() if child is not None]
+    found = owner._modules.get(step)
+    return [_attribute(owner, step) if found is None else found]
+
+
+# --- what is read in functions ----------------------------------------------------------------------------------------
+
+
+def _own_methods(module: nn.Module) -> Iterator[Method]:
+    """The functions that somebody has put on this very instance, such as another forward."""
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            yield from functions_of(value.__func__)
+        elif name == "forward":
+            yield from (Method(method.function, bound=False) for method in functions_of(value))
+
+
+def _reads(found: Iterable[Method], owner: str, notes: dict[str, None]) -> Iterator[Read]:
+    lost: list[str] = []
+    for method in found:
+        result = _reads_of(method)
+        if result is None:
+            name = f"{owner}.{method.function.__name__}"
+            notes[f"{name} may read weights itself, and its source is not to be had"] = None
         else:
-            reads += found
-    return reads, without_source
+            yield from result.reads
+            lost += result.lost
+    if lost:
+        more = f" and {len(lost) - 1} more lines" if len(lost) > 1 else ""
+        notes[f"{owner} reads a weight that cannot be followed ({lost[0]}{more})"] = None
+
+
+@dataclass(frozen=True)
+class _Result:
+    reads: tuple[Read, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=4096)
-def _reads_of_function(function: FunctionType) -> tuple[Read, ...] | None:
+def _reads_of(method: Method) -> _Result | None:
     """What a method reads; None if it may read something and has no source."""
-    code = function.__code__
-    names = {*_names_in(code)}
-    if "weight" not in names and not {"next", "parameters"} <= names:
-        return ()
-    try:
-        lines, first_line = inspect.getsourcelines(function)
-        definition = ast.parse(textwrap.dedent("".join(lines))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError, TokenError):  # none, or another one than was imported
+    code = method.function.__code__
+    if not {*names_in(code)} & {"weight", "parameters", "named_parameters"}:
+        return _Result()
+    parsed = tree_of(method.function)
+    if parsed is None:
         return None
-    if not isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef)) or not definition.args.args:
-        return ()  # a lambda in a class, or a static method
-    return tuple(MethodReads(definition, Path(code.co_filename).name, first_line, "uint8" in names).reads)
-
-
-def _methods(kind: type) -> Iterator[FunctionType]:
-    """The functions that can run on an instance: an overridden one only if the overriding one calls super()."""
-    hidden: set[str] = set()
-    for base in kind.__mro__:
-        if base is object or base.__module__.startswith("torch.nn."):
-            continue
-        for name, value in vars(base).items():
-            value = getattr(value, "fget", getattr(value, "__func__", value))  # of a property, of a class method
-            function = inspect.unwrap(value) if callable(value) else value
-            if not isinstance(function, FunctionType) or name in hidden:
-                continue
-            if "super" not in function.__code__.co_names:
-                hidden.add(name)
-            if name != "weight" and not name.startswith(OTHER_WORK):  # a property of that name only hands it on
-                yield function
-
-
-def _names_in(code: CodeType) -> Iterator[str]:
-    """The names and strings in a function, and in its comprehensions, lambdas and inner functions."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            yield constant
-        elif inspect.iscode(constant):
-            yield from _names_in(constant)
+    tree, line_before = parsed
+    found = MethodReads(tree, first_argument(tree) if method.bound else None, Path(code.co_filename).name, line_before)
+    return _Result(tuple(found.reads), tuple(dict.fromkeys(found.lost)))
