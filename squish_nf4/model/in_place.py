@@ -32,7 +32,8 @@ def reason_in_place(module: nn.Module, places: Iterable[tuple[nn.Module, str, st
             return "nn.MultiheadAttention reads its weight itself"
         if isinstance(parent, nn.TransformerEncoderLayer) and attribute in ("linear1", "linear2"):
             return "the fast path of nn.TransformerEncoderLayer reads its weight itself"
-        if attribute == "base_layer" and any(dict(getattr(parent, "use_dora", {})).values()):
+        of_adapters = getattr(parent, "use_dora", None)  # of PEFT; a function that is handed the layer reads it
+        if attribute == "base_layer" and isinstance(of_adapters, dict) and any(of_adapters.values()):
             return "DoRA reads its weight itself"
     return _reason_in_layer(module)
 

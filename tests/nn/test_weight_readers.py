@@ -284,6 +284,11 @@ class ByPath(Reads):
         return F.linear(self.free(x), layer.weight) + F.linear(x, other._parameters["weight"])
 
 
+class ByPathToTheWeight(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.free(x), self.get_parameter("inner.proj.weight"))
+
+
 class PropertyOfALayer(Reads):
     @property
     def layer(self) -> nn.Linear:
@@ -392,6 +397,7 @@ READERS: list[tuple[type[nn.Module], list[str]]] = [
     ),
     *((BoundLists, ["layers.0", "layers.1", "other", "proj"]), (SliceOfLayers, ["layers.0", "layers.1"])),
     *((EveryModule, ["named.a"]), (ByPath, ["inner.proj", "proj"]), (PropertyOfALayer, ["other", "proj"])),
+    (ByPathToTheWeight, ["inner.proj"]),
     *((kind, ["proj"]) for kind in (OnlyInTraining, OtherMethod, Inherited, Property)),
     *((ThroughWrapper, ["wrapped.proj"]), (Index, ["layers.1"]), (Loop, ["layers.0", "layers.1"])),
     *((Items, ["named.a"]), (Inner, ["inner.proj"])),

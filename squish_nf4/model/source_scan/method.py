@@ -44,6 +44,9 @@ class Read:
 class MethodReads:
     """Collects the reads of one method.
 
+    Each expression that may be a weight, a dtype or a shape is asked what is done with it. If that gives another one of
+    them, or a name, the answer is found where that leads to; if it is right for packed bytes, it is no read.
+
     Attributes:
         reads: those of layers that are reached from ``self``.
         lost: the lines that read the weight of what nobody can follow.
@@ -115,9 +118,8 @@ class MethodReads:
         if self._followed(user) and not (isinstance(user, ast.IfExp) and node is user.test):
             return True  # it is still followed, as what the whole expression is
         called = _called(user) if isinstance(user, ast.Call) and node in user.args else ""
-        if (
-            value.first and value.kind == WEIGHT
-        ):  # what is done with any parameter: only a cast to its dtype fits no bytes
+        if value.first and value.kind == WEIGHT:
+            # It may be any parameter: of what is done with such a one, only casts to its dtype do not fit bytes.
             return called not in CASTS and not (isinstance(user, ast.Attribute) and user.attr.startswith("new"))
         if isinstance(user, ast.Attribute):
             asked = user.attr == "size" and isinstance(self.parents[user], ast.Call)

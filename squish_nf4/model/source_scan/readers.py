@@ -33,6 +33,8 @@ from squish_nf4.model.source_scan.conditions import truth
 from squish_nf4.model.source_scan.method import MethodReads, Read
 from squish_nf4.model.source_scan.values import BELOW, CHILD, Steps
 
+NAMES = ("weight", "parameters", "named_parameters")  # a function without one of them reads no weight
+
 
 @dataclass
 class Readers:
@@ -164,7 +166,7 @@ class _Result:
 def _reads_of(method: Method) -> _Result | None:
     """What a method reads; None if it may read something and has no source."""
     code = method.function.__code__
-    if not {*names_in(code)} & {"weight", "parameters", "named_parameters"}:
+    if not any(name in NAMES or name.endswith(".weight") for name in names_in(code)):
         return _Result()
     parsed = tree_of(method.function)
     if parsed is None:

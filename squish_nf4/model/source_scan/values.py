@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 MODULE, WEIGHT, DTYPE, SHAPE = "module", "weight", "dtype", "shape"
-LIST, PAIR = "list", "pair"  # what a value may lie in; of a pair only the last item is followed
 CHILD, BELOW = "*", "**"  # steps to any child, and to any module below
 
 Steps = tuple[str, ...]  # attributes, items and calls without arguments ("get_base_layer()") from self to a module
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
-MANY = {"children": (CHILD, LIST), "values": (CHILD, LIST), "named_children": (CHILD, LIST, PAIR)}
-MANY |= {"items": (CHILD, LIST, PAIR), "modules": (BELOW, LIST), "named_modules": (BELOW, LIST, PAIR)}
-PARAMETERS = {"parameters": (LIST,), "named_parameters": (LIST, PAIR)}
+# Methods that give many modules: where they are, and in how many lists or tuples each of them lies.
+MANY = {"children": (CHILD, 1), "values": (CHILD, 1), "named_children": (CHILD, 2), "items": (CHILD, 2)}
+MANY |= {"modules": (BELOW, 1), "named_modules": (BELOW, 2)}
+PARAMETERS = {"parameters": 1, "named_parameters": 2}
 SAME_ITEMS = ("list", "tuple", "iter", "reversed", "sorted", "set")
 
 
@@ -28,13 +28,13 @@ class Value:
         kind: MODULE, WEIGHT, DTYPE or SHAPE.
         steps: to the module, or to the one whose weight it is.
         first: the weight is the first parameter below that module, whosever it is.
-        inside: the lists and pairs in which it lies, the outermost first.
+        inside: the number of lists or tuples in which it lies.
     """
 
     kind: str
     steps: Steps
     first: bool = False
-    inside: tuple[str, ...] = ()
+    inside: int = 0
 
     def step(self, *steps: str) -> Value:
         return replace(self, steps=(*self.steps, *steps))
@@ -54,7 +54,7 @@ class Value:
     def item(self) -> Value | None:
         """What any item of it is."""
         if self.inside:
-            return replace(self, inside=self.inside[1:])
+            return replace(self, inside=self.inside - 1)
         return self.step(CHILD) if self.kind == MODULE else None
 
 
@@ -85,14 +85,14 @@ class Names:
         if isinstance(node, (ast.NamedExpr, ast.Starred, ast.Await)):
             return self.values(node.value)
         if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
-            return _within(self._any(node.elts), LIST)
+            return _within(self._any(node.elts))
         if isinstance(node, ast.Dict):
-            return _within(self._any(node.values), LIST)
+            return _within(self._any(node.values))
         if isinstance(node, (ast.ListComp, ast.GeneratorExp, ast.SetComp)):
-            items = _within(self.values(node.elt), LIST)
+            items = _within(self.values(node.elt))
             return self._unless_asked(items, [test for loop in node.generators for test in loop.ifs])
         if isinstance(node, ast.DictComp):
-            return _within(self.values(node.value), LIST)
+            return _within(self.values(node.value))
         return self._of_call(node) if isinstance(node, ast.Call) else set()
 
     def _any(self, nodes: Iterable[ast.expr]) -> set[Value]:
@@ -127,22 +127,23 @@ class Names:
             if call.func.id == "next":
                 return self.items(of)
             if call.func.id in SAME_ITEMS:
-                return _within(self.items(of), LIST)
+                return _within(self.items(of))
             if call.func.id == "enumerate":
-                return _within(self.items(of), LIST, PAIR)
+                return _within(self.items(of), 2)
         if isinstance(call.func, ast.Attribute):
             name, owners = call.func.attr, [value for value in self.values(call.func.value) if not value.inside]
             modules = [value for value in owners if value.kind == MODULE]
             if name == "size" and not call.args and not call.keywords:
                 return {replace(value, kind=SHAPE) for value in owners if value.kind == WEIGHT}
             if name in MANY:
-                step, *inside = MANY[name]
-                return _within({value.step(step) for value in modules}, *inside)
+                step, depth = MANY[name]
+                return _within({value.step(step) for value in modules}, depth)
             if name in PARAMETERS:
                 first = {replace(value, kind=WEIGHT, first=True) for value in modules}
-                return _within(first, *PARAMETERS[name])
-            if name == "get_submodule" and call.args and (path := _text(call.args[0])) is not None:
-                return {value.step(*path.split(".")) for value in modules}
+                return _within(first, PARAMETERS[name])
+            if name in ("get_submodule", "get_parameter") and call.args and (path := _text(call.args[0])) is not None:
+                *steps, last = path.split(".")
+                return _known(value.step(*steps).attribute(last) for value in modules)
             if name.startswith("get_") and not call.args and not call.keywords:
                 return {value.step(f"{name}()") for value in modules}
         return set()
@@ -188,24 +189,20 @@ class Names:
         if isinstance(target, ast.Name):
             self.bound[target.id] |= values
         elif isinstance(target, ast.Starred):
-            self._bind(target.value, _within(values, LIST))
+            self._bind(target.value, _within(values))
         elif isinstance(target, (ast.Tuple, ast.List)):
             for value in values:
-                pair = value.inside[:1] == (PAIR,)
-                for one in target.elts[-1:] if pair else target.elts:
+                for one in target.elts:
                     self._bind(one, _known([value.item()]))
 
 
 def _items_at(value: Value, key: ast.expr) -> Iterator[Value | None]:
     """What ``value[key]`` is."""
     if value.inside:
-        if isinstance(key, ast.Slice):
-            yield value
-        elif value.inside[0] != PAIR or number(key) != 0:
-            yield value.item()
+        yield value if isinstance(key, ast.Slice) else value.item()
     elif value.kind == MODULE:
         if isinstance(key, ast.Slice):
-            yield replace(value.step(CHILD), inside=(LIST,))
+            yield replace(value.step(CHILD), inside=1)
         elif (text := _text(key)) is not None:
             yield value.attribute(text)
         else:
@@ -230,5 +227,5 @@ def _known(values: Iterable[Value | None]) -> set[Value]:
     return {value for value in values if value is not None}
 
 
-def _within(values: set[Value], *inside: str) -> set[Value]:
-    return {replace(value, inside=(*inside, *value.inside)) for value in values}
+def _within(values: set[Value], depth: int = 1) -> set[Value]:
+    return {replace(value, inside=value.inside + depth) for value in values}
