@@ -16,12 +16,14 @@ from typing import Any, BinaryIO
 AT_ONCE = 2**20  # bytes read in one step
 DEEPEST = 16  # objects and lists inside each other; no table of anybody needs half of that
 
-Identity = tuple[int, int, int, int]  # device, inode, size, time of the last change in nanoseconds
+# Device, inode, size, and in nanoseconds the times of the last change of values and of the last change at all. Who
+# writes to a file can set back the first of the times, and not the other.
+Identity = tuple[int, int, int, int, int]
 
 
 def identity_of(status: os.stat_result) -> Identity:
     """What another file of the same name does not share, nor this one after it was written to."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def lies_inside(path: Path, root: str | Path) -> bool:

@@ -299,6 +299,25 @@ def test_a_shard_that_changes_while_it_is_read_is_refused(tmp_path):
             read_values(entry, 0, 8)
 
 
+def test_a_shard_that_is_written_to_in_the_middle_of_a_read_is_refused(tmp_path, monkeypatch):
+    """After whatever looks at it before the read, and with its time set back."""
+    file = save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
+    [entry] = open_source(file).entries
+    status = file.stat()
+
+    class WrittenTo(io.FileIO):
+        def readinto(self, buffer):
+            with open(file, "r+b") as writer:
+                writer.seek(entry.start)
+                writer.write(b"?")
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: WrittenTo(path))
+    with pytest.raises(ValueError, match=r"x.safetensors was changed while it was read"):
+        read_values(entry, 0, 8)
+
+
 @pytest.mark.parametrize(("dtype", "itemsize"), [("F4", 0.5), ("F6_E2M3", 0.75)])
 def test_a_dtype_without_a_numpy_form_is_refused_before_work_starts(tmp_path, dtype, itemsize):
     file = raw_shard(tmp_path / "x.safetensors", dtype=dtype, itemsize=itemsize)

@@ -109,13 +109,15 @@ def convert(
         done = {fact["tensor"] for fact in journal.facts if "tensor" in fact} if journal else ()
         require_room(dst, plan.bytes_taken(delete_source, done) - recovery.bytes_freed(dst, overwrite), min_free_gb)
         workers = Workers(stack.enter_context(ThreadPoolExecutor(budget.workers)), budget, where)
-        if delete_source:
-            refuse_links(plan.source.shards)
-            refuse_values_before_removing(plan, workers)
         header = header_of(plan.source, chosen, plan.tied)
         if journal is not None:
             recovery.refuse_another(dst, journal, header)
-        else:
+            with unfinished_by_the_system(Output(dst, journal), len(plan.tensors)):
+                recovery.note_other_files(dst, journal, header, delete_source=delete_source)
+        if delete_source:
+            refuse_links(plan.source.shards)
+            refuse_values_before_removing(plan, workers)
+        if journal is None:
             journal = stack.enter_context(closing(recovery.begin(dst, header, overwrite=overwrite)))
         output = Output(dst, journal)
         with unfinished_by_the_system(output, len(plan.tensors)):

@@ -116,11 +116,13 @@ HEADER = holding(
         "tied": named(is_text),
     },
     replaces=maybe(each(is_text)),
+    identities=named(each(lambda value: type(value) is int)),
 )
 FACTS: dict[str, Form] = {
     "tensor": holding({"tensor": is_text, "parts": named(is_text), "record": TENSOR}),
     "copied": holding({"copied": is_text, "parts": named(is_text), "record": STORED}),
     "removed": holding({"removed": is_text}),
+    "copies": holding({"copies": each(is_text)}),
     "cleared": holding({"cleared": lambda value: value is True}),
 }
 WRITTEN = holding({"tensors": named(holding({"files": named(STORED)})), "copied": named(STORED)})
@@ -170,7 +172,7 @@ def is_fact(fact: Mapping[str, Any], header: Mapping[str, Any]) -> bool:
         return fact["removed"] in header["shards"]
     if "copied" in fact:
         return list(fact["parts"]) == [fact["copied"]]
-    return "cleared" in fact or (fact["tensor"] in header["tensors"] and is_of_tensor(fact, header))
+    return "cleared" in fact or "copies" in fact or (fact["tensor"] in header["tensors"] and is_of_tensor(fact, header))
 
 
 def is_of_tensor(fact: Mapping[str, Any], header: Mapping[str, Any]) -> bool:

@@ -150,7 +150,10 @@ def write_all(file: FileIO, data: bytes) -> None:
 
 
 def header_of(source: Source, options: ConvertOptions, tied: Mapping[str, str]) -> dict[str, Any]:
-    """For recovery.py to compare, all but "tensors" and "tied", which follow from the rest."""
+    """For recovery.py to compare, all but "tensors" and "tied", which follow from the rest.
+
+    "identities" are compared only before a shard is removed: those of a copy are others.
+    """
     return {
         "journal": VERSION,
         "writer": WRITER,
@@ -163,6 +166,7 @@ def header_of(source: Source, options: ConvertOptions, tied: Mapping[str, str]) 
             }
             for shard in source.shards
         },
+        "identities": {shard.path.name: list(shard.identity) for shard in source.shards if shard.identity},
         "small_files": {place.as_posix(): facts_of(file) for file, place in source.small_files},
         "tensors": {
             entry.name: [entry.shard.path.name, dtype_name(entry.dtype), list(entry.shape), entry.start]

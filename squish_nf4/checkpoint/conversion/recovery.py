@@ -15,6 +15,7 @@ from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.conversion.output import Output, Record
 from squish_nf4.checkpoint.directory.format import JOURNAL, MANIFEST, READY, SIDECAR, STATS, TENSORS, State, state_of
 from squish_nf4.checkpoint.files import inside, parse_json, place_file, sha256_of, sync
+from squish_nf4.checkpoint.messages import listed
 
 PART = re.compile(r"\.squish_nf4-[0-9a-f]{8}-\d+\.part")
 
@@ -91,6 +92,27 @@ def refuse_another(path: Path, journal: Journal, header: Record) -> None:
     if not removed_by(journal):  # else there is no way back, and what was removed matters more than a changed text
         compared.add("small_files")
     refuse_changes(path, journal.header, {what: facts for what, facts in header.items() if what in compared})
+
+
+def note_other_files(path: Path, journal: Journal, header: Record, *, delete_source: bool) -> None:
+    """Journals which shards are not known to be the files that earlier runs read: copies, or another checkpoint's.
+
+    Raises:
+        ValueError: there are some, and delete_source would remove them.
+    """
+    before = dict(journal.header.get("identities", {}))
+    for fact in journal.facts:
+        for shard in fact.get("copies", ()):
+            before.pop(shard, None)
+    others = [shard for shard, identity in header["identities"].items() if before.get(shard) != identity]
+    if others and delete_source:
+        raise ValueError(
+            f"delete_source: it is not known that {path} was begun with these very files: {listed(others)} (copied, "
+            "touched or replaced since); go on without delete_source, and verify the output with its source before you "
+            "remove that"
+        )
+    if others:
+        journal.append([{"copies": others}])
 
 
 def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

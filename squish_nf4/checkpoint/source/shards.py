@@ -100,13 +100,11 @@ def read_values(entry: Entry, first: int, count: int) -> Tensor:
     values = torch.empty(count * size, dtype=torch.uint8)
     unread = values.numpy().data
     with entry.shard.path.open("rb", buffering=0) as file:
-        changed = entry.shard.has_changed(os.fstat(file.fileno()))
         file.seek(entry.start + first * size)
-        while unread and not changed:
-            taken = file.readinto(unread)
-            changed = not taken
+        while unread and (taken := file.readinto(unread)):
             unread = unread[taken:]
-    if changed:
+        changed = entry.shard.has_changed(os.fstat(file.fileno()))  # at last: it may have been while it was read
+    if unread or changed:
         raise ValueError(f"{entry.shard.path} was changed while it was read")
     return values.view(entry.dtype)
 
