@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -31,6 +32,44 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None
         part.write_text("half\udc80", encoding="utf-8")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_error_names_the_file_that_was_given(tmp_path: Path) -> None:
+    absent, file = tmp_path / "absent" / "file", tmp_path / "file"
+    with (
+        pytest.raises(FileNotFoundError, match=rf"\] {absent} cannot be written: No such file"),
+        written_beside(absent),
+    ):
+        pass
+    with pytest.raises(OSError, match=rf"\] {file} cannot be written: No space left"), written_beside(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: 'another'$"), written_beside(file):
+        raise OSError(errno.EIO, "Input/output error", "another")
+
+
+def test_a_private_file_stays_private(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch(0o600)
+    with written_beside(file) as part:
+        part.write_text("new")
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", 0o600)
+
+
+def test_what_became_a_pipe_meanwhile_stays_one(tmp_path: Path) -> None:
+    refused = pytest.raises(FileExistsError, match="file is a pipe; only a regular file is replaced")
+    with refused, written_beside(tmp_path / "file") as part:
+        part.touch()
+        os.mkfifo(tmp_path / "file")
+    assert (tmp_path / "file").is_fifo()
+
+
+def test_the_disk_has_a_file_before_it_takes_anothers_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, seen = tmp_path / "file", []
+    file.write_text("old")
+    monkeypatch.setattr(os, "fsync", lambda opened: seen.append((os.fstat(opened).st_ino, file.read_text())))
+    with written_beside(file) as part:
+        part.write_text("new")
+    assert seen == [(file.stat().st_ino, "old")]
 
 
 def test_a_table_takes_no_pipes_place(tmp_path: Path) -> None:
