@@ -35,6 +35,12 @@ def refuse_to_replace(path: Path) -> None:
         raise error(f"{path} is {kind}; only a regular file is replaced")
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a link, if there is one. OSError: there is something else, which stays."""
+    refuse_to_replace(path)
+    path.unlink(missing_ok=True)
+
+
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
     """A file to write in a new folder beside ``path``, which takes its place at the end; a symbolic link is followed.

@@ -8,12 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from squish_nf4.checkpoint.messages import shorten
+
 AT_ONCE = 2**20  # bytes read in one step
+LARGEST_TABLE = 2**29  # bytes; a record of squish_nf4.json takes about 700
 DEEPEST = 16  # objects and lists inside each other; no table of anybody needs half of that
 
 # Device, inode, size, and in nanoseconds the times of the last change of values and of the last change at all. Who
@@ -83,15 +87,26 @@ def unreadable(path: Path, error: OSError) -> OSError:
     return OSError(error.errno, f"{path} cannot be read: {error.strerror or error}")
 
 
-def parse_json(text: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """What a JSON text holds. pairs makes the objects of their (name, value) pairs.
+def read_object(file: BinaryIO) -> dict[str, Any]:
+    """What a file that holds a JSON object holds. ValueError: it holds none, or is longer than any that is read."""
+    if (size := os.fstat(file.fileno()).st_size) > LARGEST_TABLE:
+        raise ValueError(f"it has {size} bytes; at most {LARGEST_TABLE} are read")
+    table = parse_json(file.read())
+    if not isinstance(table, dict):
+        raise ValueError("it is not a JSON object")
+    return table
+
+
+def parse_json(text: bytes) -> Any:
+    """What a JSON text holds.
 
     Raises:
-        ValueError: it is none, or nested so deeply that handling it could exhaust the stack.
+        ValueError: it is none, has an object with a name twice, or is nested so deeply that handling it could exhaust
+            the stack.
     """
     too_deep = f"it is nested more than {DEEPEST} levels deep"
     try:
-        value = json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=without_duplicates)
     except RecursionError:
         raise ValueError(too_deep) from None
     level: Iterable[Any] = [value]
@@ -100,6 +115,14 @@ def parse_json(text: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None
         if not level:
             return value
     raise ValueError(too_deep)
+
+
+def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shorten(twice)} is there twice")
+    return table
 
 
 def values_in(value: Any) -> Iterable[Any]:

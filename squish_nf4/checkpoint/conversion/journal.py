@@ -24,6 +24,7 @@ from squish_nf4.checkpoint.files import parse_json, sync
 from squish_nf4.checkpoint.source.shard_file import Shard
 from squish_nf4.checkpoint.source.shards import Entry, Source
 from squish_nf4.checkpoint.values import dtype_name, dtype_named
+from squish_nf4.replace import refuse_to_replace
 
 VERSION = 1  # of the journal
 WRITER = f"squish_nf4 {__version__}"
@@ -71,11 +72,13 @@ class Journal:
 
         Raises:
             BlockingIOError: another process is about to begin one.
+            FileExistsError: there is something at path, or at the draft's, that is no regular file.
         """
         draft = path.with_name(DRAFT)
         file = opened_alone(draft, os.O_CREAT)
         try:
             header = json.dumps(make_header()).encode() + b"\n"
+            refuse_to_replace(path)
             try:
                 file.truncate(0)
                 write_all(file, header)
@@ -120,7 +123,7 @@ def opened_alone(path: Path, more_flags: int = 0) -> FileIO:
     try:
         file = FileIO(os.open(path, os.O_RDWR | os.O_NOFOLLOW | more_flags, 0o666), "r+b")
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR):
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a directory, a socket
             raise foreign from error
         raise
     try:

@@ -14,8 +14,10 @@ from squish_nf4.checkpoint.conversion.forms import WRITTEN, open_journal
 from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.conversion.output import Output, Record
 from squish_nf4.checkpoint.directory.format import JOURNAL, MANIFEST, READY, SIDECAR, STATS, TENSORS, State, state_of
-from squish_nf4.checkpoint.files import inside, parse_json, place_file, sha256_of, sync
+from squish_nf4.checkpoint.directory.tables import read_table
+from squish_nf4.checkpoint.files import inside, place_file, sha256_of, sync
 from squish_nf4.checkpoint.messages import listed
+from squish_nf4.replace import refuse_to_replace, remove
 
 PART = re.compile(r"\.squish_nf4-[0-9a-f]{8}-\d+\.part")
 
@@ -54,6 +56,7 @@ def begin(path: Path, header: Record, *, overwrite: bool) -> Journal:
         BlockingIOError: another conversion is writing there.
         FileExistsError: one has been, since we looked.
         ValueError: what that was cannot be told, or shards it was made of are there no more.
+        OSError: a file of ours has the name of something else, a pipe say, which is not replaced.
     """
     path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as locked:
@@ -64,10 +67,11 @@ def begin(path: Path, header: Record, *, overwrite: bool) -> Journal:
             if state is State.UNFINISHED:
                 old = locked.enter_context(closing(open_journal(path / JOURNAL)))
                 refuse_only_copy(path, old, header)
-            return {
-                **header,
-                "replaces": None if state is State.NEW else list(written_before(path, old, unchanged=is_as_written)),
-            }
+            if state is State.NEW:
+                return {**header, "replaces": None}
+            names = list(written_before(path, old, unchanged=is_as_written))
+            files_to_clear(path, names)
+            return {**header, "replaces": names}
 
         return Journal.create(path / JOURNAL, whole_header)
 
@@ -145,16 +149,20 @@ def recover(output: Output) -> None:
         journal.append([{"cleared": True}])
     if not os.path.lexists(output.folder):
         output.folder.mkdir()
-    if output.folder.is_symlink() or not output.folder.is_dir():
-        raise ValueError(f"{output.folder} is no folder of this conversion; move it away")
+    refuse_other_folder(output.folder)
     for fact in journal.facts:
         if "tensor" in fact and settle(path, TENSORS, fact, fact["record"]["files"]):
             output.records[fact["tensor"]] = fact["record"]
         elif "copied" in fact and settle(path, "", fact, {fact["copied"]: fact["record"]}):
             output.copied[fact["copied"]] = fact["record"]
     for file in output.folder.iterdir():
-        if PART.fullmatch(file.name):
+        if PART.fullmatch(file.name) and file.is_file():
             file.unlink()
+
+
+def refuse_other_folder(folder: Path) -> None:
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        raise ValueError(f"{folder} is no folder of this conversion; move it away")
 
 
 def settle(path: Path, folder: str, fact: Mapping[str, Any], files: Mapping[str, Record]) -> bool:
@@ -166,7 +174,7 @@ def settle(path: Path, folder: str, fact: Mapping[str, Any], files: Mapping[str,
     places = {inside(path, folder, name): inside(path, TENSORS, part) for name, part in fact["parts"].items()}
     if not all(final.exists() or part.exists() for final, part in places.items()):
         for file in (*places, *places.values()):
-            file.unlink(missing_ok=True)
+            remove(file)
         return False
     for (final, part), record in zip(places.items(), files.values(), strict=True):
         if part.exists():
@@ -189,13 +197,22 @@ def is_as_written(file: Path, record: Record) -> bool:
 
 def clear(path: Path, names: list[str]) -> None:
     """Removes an earlier conversion; what makes a reader trust it goes first. ValueError: a name leads outside path."""
-    files = [inside(path, "", name) for name in (*names, MANIFEST, STATS, SIDECAR)]
+    files = files_to_clear(path, names)
     ready = path / TENSORS / READY
     ready.unlink(missing_ok=True)
     if ready.parent.is_dir():
         sync(ready.parent)
     for file in files:
         file.unlink(missing_ok=True)
+
+
+def files_to_clear(path: Path, names: list[str]) -> list[Path]:
+    """The files of an earlier conversion. ValueError, OSError: one of them, or their folder, is something else."""
+    files = [inside(path, "", name) for name in (*names, MANIFEST, STATS, SIDECAR)]
+    refuse_other_folder(path / TENSORS)
+    for file in (path / TENSORS / READY, *files):
+        refuse_to_replace(file)
+    return files
 
 
 def written_before(path: Path, journal: Journal | None, *, unchanged: Callable[[Path, Record], bool]) -> Iterator[str]:
@@ -228,7 +245,7 @@ def written_before(path: Path, journal: Journal | None, *, unchanged: Callable[[
 def read_written(path: Path) -> tuple[list[Record], dict[str, Record]]:
     """The records of the tensors and of the small files that squish_nf4.json says were written."""
     try:
-        sidecar = parse_json((path / SIDECAR).read_bytes())
+        sidecar = read_table(path / SIDECAR)
         if not WRITTEN(sidecar):
             raise ValueError("it is damaged")
     except (OSError, ValueError) as error:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from squish_nf4.checkpoint.files import parse_json, require_there
+from squish_nf4.checkpoint.files import read_object, require_there
 from squish_nf4.checkpoint.messages import listed, shorten
 from squish_nf4.checkpoint.source.shard_file import Shard, describe, opened, opened_shard, require_regular
 from squish_nf4.checkpoint.source.small_files import INDEX_SUFFIX, collect_small_files, other_weights
@@ -169,12 +169,14 @@ def find_index(directory: Path) -> Path | None:
 def read_index(index: Path, removed: Recalled) -> dict[Path, set[str]]:
     """{shard: the tensors it should hold}, in the order of the file names."""
     no_index = f"{index} is not an index of safetensors shards"
+    require_there(index)
+    if not index.is_file():
+        raise ValueError(f"{no_index}: it is no regular file")
     with opened(index) as file:
         try:
-            table = parse_json(file.read())
+            weight_map = read_object(file).get("weight_map")
         except ValueError as error:
             raise ValueError(f"{no_index}: {error}") from error
-    weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{no_index}: its weight_map is not an object of file names")
     names_of: dict[str, set[str]] = {}
