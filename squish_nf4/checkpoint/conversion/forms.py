@@ -36,7 +36,8 @@ def is_time(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) is float or is_count(value)
+    """A finite number that is not negative."""
+    return is_count(value) or (type(value) is float and 0 <= value < math.inf)
 
 
 def is_shape(value: Any) -> bool:
