@@ -160,12 +160,56 @@ def test_a_shard_that_took_the_place_of_the_one_that_was_read_stays(
 
     monkeypatch.setattr(*where, replace_before)
     monkeypatch.setattr("squish_nf4.checkpoint.conversion.run.MOST_TENSORS", 2)
-    with pytest.raises(
-        ValueError, match=r"1.safetensors was replaced or changed after it was read, and is not removed"
-    ):
+    said = (
+        r"1.safetensors was replaced or changed after it was read, and is not removed.*; when .* overwrite starts anew$"
+    )
+    with pytest.raises(ValueError, match=said):
         convert(source, tmp_path / "out", delete_source=True)
     assert [shard.read_bytes()] == found
     assert not is_finished(tmp_path / "out")
+    shard.unlink()
+    save_shard(shard, {"another": gaussian(2, 4)})
+    convert(source, tmp_path / "out", overwrite=True)  # as the error says
+
+
+def test_no_removal_is_journaled_of_a_shard_that_was_replaced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is killed before it takes that back, OUT would pass for the only copy."""
+    call, append, journaled = run.require_read_back, Journal.append, []
+
+    def replace_before(*args: Any) -> None:
+        other_values(source / "1.safetensors")
+        call(*args)
+
+    def append_and_keep(journal: Journal, facts: Any) -> None:
+        journaled.extend(facts)
+        append(journal, facts)
+
+    monkeypatch.setattr(run, "require_read_back", replace_before)
+    monkeypatch.setattr(Journal, "append", append_and_keep)
+    with pytest.raises(ValueError, match=r"1.safetensors was replaced or changed after it was read"):
+        convert(source, tmp_path / "out", delete_source=True)
+    assert journaled
+    assert not any("removed" in fact for fact in journaled)
+
+
+def test_the_only_copy_of_a_removed_shard_is_said_to_be_that_when_another_one_was_changed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = run.require_read_back
+
+    def replace_the_second(*args: Any) -> None:
+        if not (source / "1.safetensors").exists():
+            other_values(source / "2.safetensors")
+        call(*args)
+
+    monkeypatch.setattr(run, "require_read_back", replace_the_second)
+    monkeypatch.setattr(run, "MOST_TENSORS", 2)
+    said = r"2.safetensors was replaced .* it is the only copy of what the source held in '1.safetensors': .* resume"
+    with pytest.raises(ValueError, match=said):
+        convert(source, tmp_path / "out", delete_source=True)
+    refused_to_overwrite(source, tmp_path / "out")
 
 
 def stopped_after_the_first_tensor(source: Path, out: Path, **options: Any) -> None:

@@ -122,7 +122,7 @@ def convert(
         output = Output(dst, journal)
         with unfinished_by_the_system(output, len(plan.tensors)):
             recovery.recover(output)
-        with unfinished_by_the_system(output, len(plan.tensors)), unfinished_by_a_refusal(output, len(plan.tensors)):
+        with unfinished_by_the_system(output, len(plan.tensors)), unfinished_by_a_refusal(output, plan):
             refuse_alike(output, plan.keys)
             resumed = len(output.records)
             write_tensors(
@@ -235,11 +235,16 @@ def unfinished_by_the_system(output: Output, tensors: int) -> Iterator[None]:
 
 
 @contextmanager
-def unfinished_by_a_refusal(output: Output, tensors: int) -> Iterator[None]:
+def unfinished_by_a_refusal(output: Output, plan: ConvertPlan) -> Iterator[None]:
     """A refusal once writing has begun says what is left, and what may be done about it."""
     try:
         yield
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError  # not a subclass: some take other arguments
-        left = f"{what_is_left(output, tensors)}; when the source or the options are mended, overwrite starts anew"
-        raise kind(f"{error}. {left}") from error
+        way = "when the source or the options are mended, overwrite starts anew"
+        if gone := [shard.path.name for shard in plan.source.shards if not shard.path.exists()]:
+            way = (
+                f"it is the only copy of what the source held in {listed(gone)}: when the rest of the source is as "
+                "it was, resume goes on, and when these are back, overwrite starts anew"
+            )
+        raise kind(f"{error}. {what_is_left(output, len(plan.tensors))}; {way}") from error

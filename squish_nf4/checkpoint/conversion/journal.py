@@ -60,7 +60,7 @@ class Journal:
         if not lines or not all(isinstance(line, dict) for line in lines):
             raise ValueError(f"{self.path} is not the journal of a conversion; {anew}")
         self.file.truncate(whole)
-        self.file.seek(whole)
+        self._end_before = self.file.seek(whole)
         return lines
 
     @staticmethod
@@ -95,14 +95,18 @@ class Journal:
     def append(self, facts: Iterable[Line]) -> None:
         """Returns when the disk has them. If it cannot take them all, it keeps none."""
         lines = b"".join(json.dumps(fact).encode() + b"\n" for fact in facts)
-        end = self.file.tell()
+        self._end_before = self.file.tell()
         try:
             write_all(self.file, lines)
             os.fsync(self.file.fileno())
         except BaseException:
-            self.file.truncate(end)
-            self.file.seek(end)
+            self.take_back()
             raise
+
+    def take_back(self) -> None:
+        """Removes what was appended last."""
+        self.file.truncate(self._end_before)
+        self.file.seek(self._end_before)
 
     def remove(self) -> None:
         self.path.unlink()

@@ -165,7 +165,11 @@ def remove_finished(plan: Sequence[Planned], output: Output) -> None:
             require_read_back(output.folder, [output.records[name] for name in names])
             require_as_read(shard)
             output.journal.append([{"removed": shard.path.name}])
-            require_as_read(shard)  # once more: the disk may have taken its time
+            try:
+                require_as_read(shard)  # once more: the disk may have taken its time
+            except ValueError:
+                output.journal.take_back()
+                raise
             shard.path.unlink()
             sync(shard.path.parent)
 
