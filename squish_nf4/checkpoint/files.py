@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from squish_nf4.checkpoint.messages import shorten
+from squish_nf4.checkpoint.messages import shorten, shown
 
 AT_ONCE = 2**20  # bytes read in one step
 LARGEST_TABLE = 2**29  # bytes; a record of squish_nf4.json takes about 700
@@ -44,7 +44,7 @@ def inside(root: Path, folder: str, name: str) -> Path:
     """
     place = PurePosixPath(folder, name)
     if place.is_absolute() or ".." in place.parts or not lies_inside((root / place).parent, root):
-        raise ValueError(f"{root} lists a file of its own, {name!r}, that lies outside it")
+        raise ValueError(f"{root} lists a file of its own, {shorten(name)}, that lies outside it")
     return root / place
 
 
@@ -57,7 +57,7 @@ def require_file(path: Path, root: str) -> Path:
     if path.is_symlink():
         refuse_outside(path, root)
     if not path.is_file():
-        raise ValueError(f"{path} is {'a link to nothing' if path.is_symlink() else 'not a regular file'}")
+        raise ValueError(f"{shown(path)} is {'a link to nothing' if path.is_symlink() else 'not a regular file'}")
     return path
 
 
@@ -65,8 +65,8 @@ def refuse_outside(path: Path, root: str) -> None:
     """Raises ValueError if path is a link that leads out of root, the directory that is being read."""
     if not lies_inside(path, root):
         raise ValueError(
-            f"{path} is a link out of the directory, to {os.path.realpath(path)}: what is read stays inside {root}; "
-            "copy the directory with its links followed (cp -rL), or move what it links to inside"
+            f"{shown(path)} is a link out of the directory, to {shown(os.path.realpath(path))}: what is read stays "
+            f"inside {root}; copy the directory with its links followed (cp -rL), or move what it links to inside"
         )
 
 
@@ -76,15 +76,16 @@ def require_there(path: Path) -> None:
         path.stat()
     except FileNotFoundError:
         if path.is_symlink():
-            raise FileNotFoundError(f"{path} is a link to nothing ({path.readlink()} is not there)") from None
-        raise FileNotFoundError(f"{path} does not exist") from None
+            text = f"{shown(path)} is a link to nothing ({shown(path.readlink())} is not there)"
+            raise FileNotFoundError(text) from None
+        raise FileNotFoundError(f"{shown(path)} does not exist") from None
     except OSError as error:
         raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: OSError) -> OSError:
     """The error, of the same kind, in a sentence that names the path."""
-    return OSError(error.errno, f"{path} cannot be read: {error.strerror or error}")
+    return OSError(error.errno, f"{shown(path)} cannot be read: {error.strerror or error}")
 
 
 def read_object(file: BinaryIO) -> dict[str, Any]:
@@ -220,4 +221,4 @@ def place_empty_file(final: Path) -> None:
 
 
 def taken(final: Path) -> FileExistsError:
-    return FileExistsError(f"{final} is there already, and this conversion did not write it; move it away")
+    return FileExistsError(f"{shown(final)} is there already, and this conversion did not write it; move it away")

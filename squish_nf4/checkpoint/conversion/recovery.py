@@ -16,7 +16,7 @@ from squish_nf4.checkpoint.conversion.output import Output, Record
 from squish_nf4.checkpoint.directory.format import JOURNAL, MANIFEST, READY, SIDECAR, STATS, TENSORS, State, state_of
 from squish_nf4.checkpoint.directory.tables import read_table
 from squish_nf4.checkpoint.files import inside, place_file, sha256_of, sync
-from squish_nf4.checkpoint.messages import listed
+from squish_nf4.checkpoint.messages import brief, listed, shown, visible
 from squish_nf4.replace import refuse_to_replace, remove
 
 PART = re.compile(r"\.squish_nf4-[0-9a-f]{8}-\d+\.part")
@@ -81,8 +81,8 @@ def refuse_only_copy(path: Path, journal: Journal, header: Record) -> None:
     for shard in removed_by(journal):
         if header["shards"].get(shard, {}).get("header_sha256") != journal.header["shards"][shard]["header_sha256"]:
             raise ValueError(
-                f"{path} is the only copy of what its source held in {shard}, which was removed as it was converted; "
-                "convert it as it was begun, with resume, or bring the shard back"
+                f"{path} is the only copy of what its source held in {brief(shard)}, which was removed as it was "
+                "converted; convert it as it was begun, with resume, or bring the shard back"
             )
 
 
@@ -129,10 +129,10 @@ def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             absent = object()
             what = next(name for name in {**old, **new} if old.get(name, absent) != new.get(name, absent))
             old, new = old.get(what), new.get(what)
-        found = f": it was {old}, and is {new}" if len(f"{old}{new}") < 200 else ""
+        found = visible(f": it was {old}, and is {new}") if len(f"{old}{new}") < 200 else ""
         raise ValueError(
-            f"{path} was begun with another {what}{found}; convert it as it was begun, or, if its source is still "
-            "whole, overwrite it"
+            f"{path} was begun with another {brief(what)}{found}; convert it as it was begun, or, if its source is "
+            "still whole, overwrite it"
         )
 
 
@@ -180,7 +180,7 @@ def settle(path: Path, folder: str, fact: Mapping[str, Any], files: Mapping[str,
         if part.exists():
             place_file(part, final)
         if not is_as_written(final, record):
-            raise ValueError(f"{final} was changed since it was written; move it away, and it is written again")
+            raise ValueError(f"{shown(final)} was changed since it was written; move it away, and it is written again")
     return True
 
 
@@ -235,7 +235,9 @@ def written_before(path: Path, journal: Journal | None, *, unchanged: Callable[[
         for name, facts in record["files"].items():
             if os.path.lexists(file := inside(path, TENSORS, name)):
                 if not unchanged(file, facts):
-                    raise ValueError(f"{file} was changed since it was written, and is not overwritten; move it away")
+                    raise ValueError(
+                        f"{shown(file)} was changed since it was written, and is not overwritten; move it away"
+                    )
                 yield f"{TENSORS}/{name}"
     for name, facts in copied.items():
         if unchanged(inside(path, "", name), facts):

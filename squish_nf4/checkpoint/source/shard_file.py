@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError, safe_open
 
 from squish_nf4.checkpoint.files import Identity, identity_of, require_there, sha256_of_bytes, unreadable
+from squish_nf4.checkpoint.messages import shown
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def describe(path: Path) -> tuple[Shard, int]:
 def require_regular(shard: Path) -> None:
     require_there(shard)
     if not shard.is_file():
-        raise ValueError(f"{shard} is no regular file; a shard is one, or a link to one")
+        raise ValueError(f"{shown(shard)} is no regular file; a shard is one, or a link to one")
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def opened_shard(shard: Path) -> Iterator[Any]:
         with shard.open("rb") as file:
             is_pointer = file.read(30).startswith(b"version https://git-lfs")
         cause = "a Git LFS pointer; fetch the weights with: git lfs pull" if is_pointer else f"damaged: {error}"
-        raise ValueError(f"{shard} is {cause}") from error
+        raise ValueError(f"{shown(shard)} is {cause}") from error
 
 
 def opened_by_safetensors(shard: Path) -> Any:
