@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from squish_nf4.checkpoint.conversion.journal import VERSION, Journal
+from squish_nf4.checkpoint.conversion.journal import VERSION, Journal, way_out
 from squish_nf4.checkpoint.values import dtype_named
 
 Form = Callable[[Any], bool]  # whether a value has it
@@ -152,8 +152,7 @@ def open_journal(path: Path) -> Journal:
 
 def damaged(journal: Journal, line: int) -> ValueError:
     return ValueError(
-        f"{journal.path} is damaged, or another version's: its line {line} is not understood; if the source is still "
-        f"whole, remove {journal.path.parent} to convert anew"
+        f"{journal.path} is damaged, or another version's: its line {line} is not understood; {way_out(journal.path)}"
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from squish_nf4._version import __version__
 from squish_nf4.checkpoint.conversion.options import ConvertOptions
-from squish_nf4.checkpoint.directory.format import DRAFT
+from squish_nf4.checkpoint.directory.format import DRAFT, READY, TENSORS
 from squish_nf4.checkpoint.files import parse_json, sync
 from squish_nf4.checkpoint.source.shard_file import Shard
 from squish_nf4.checkpoint.source.shards import Entry, Source
@@ -52,13 +52,12 @@ class Journal:
         self.file.seek(0)
         text = self.file.readall()
         whole = text.rfind(b"\n") + 1
-        anew = f"if the source is still whole, remove {self.path.parent} to convert anew"
         try:
             lines = [parse_json(line) for line in text[:whole].splitlines()]
         except ValueError as error:
-            raise ValueError(f"{self.path} is damaged ({error}); {anew}") from error
+            raise ValueError(f"{self.path} is damaged ({error}); {way_out(self.path)}") from error
         if not lines or not all(isinstance(line, dict) for line in lines):
-            raise ValueError(f"{self.path} is not the journal of a conversion; {anew}")
+            raise ValueError(f"{self.path} is not the journal of a conversion; {way_out(self.path)}")
         self.file.truncate(whole)
         self._end_before = self.file.seek(whole)
         return lines
@@ -114,6 +113,13 @@ class Journal:
 
     def close(self) -> None:
         self.file.close()
+
+
+def way_out(path: Path) -> str:
+    """What may be done about a journal that nobody can go on with."""
+    if (path.parent / TENSORS / READY).is_file():
+        return f"move it away: {path.parent} holds a finished conversion"
+    return f"if the source is still whole, remove {path.parent} to convert anew"
 
 
 def opened_alone(path: Path, more_flags: int = 0) -> FileIO:
