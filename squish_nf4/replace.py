@@ -6,8 +6,10 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+HIDDEN = ".squish_nf4."  # how the new folder's name begins
 
 KINDS = {
     stat.S_IFDIR: "a directory",
@@ -33,21 +35,36 @@ def refuse_to_replace(path: Path) -> None:
         raise error(f"{path} is {kind}; only a regular file is replaced")
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a link, if there is one. OSError: there is something else, which stays."""
+    refuse_to_replace(path)
+    path.unlink(missing_ok=True)
+
+
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
     """A file to write in a new folder beside ``path``, which takes its place at the end; a symbolic link is followed.
 
-    After an error nothing is left, and what was there before stays.
+    After an error nothing is left, and what was there before stays. Of a file that was there, its mode stays.
 
     Raises:
         FileExistsError, IsADirectoryError: what is there is no regular file.
+        OSError: it cannot be written; the error names path, and not the file in the new folder.
     """
     refuse_to_replace(path)
     target = Path(os.path.realpath(path))
-    with tempfile.TemporaryDirectory(prefix=".squish_nf4.", dir=target.parent) as folder:
-        file = Path(folder, target.name)
-        yield file
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-        refuse_to_replace(target)
-        file.replace(target)
+    hidden = os.path.join(target.parent, HIDDEN)
+    try:
+        with tempfile.TemporaryDirectory(prefix=HIDDEN, dir=target.parent) as folder:
+            file = Path(folder, target.name)
+            yield file
+            with file.open("rb") as written:
+                os.fsync(written.fileno())  # else a crash soon after may leave an empty file in place of the earlier
+            refuse_to_replace(target)
+            with suppress(FileNotFoundError):
+                file.chmod(stat.S_IMODE(target.stat().st_mode))
+            file.replace(target)
+    except OSError as error:
+        if error.errno is None or not str(error.filename or hidden).startswith(hidden):
+            raise
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error

@@ -8,20 +8,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from squish_nf4.checkpoint.messages import shorten, shown
+
 AT_ONCE = 2**20  # bytes read in one step
+LARGEST_TABLE = 2**29  # bytes; a record of squish_nf4.json takes about 700
 DEEPEST = 16  # objects and lists inside each other; no table of anybody needs half of that
 
-Identity = tuple[int, int, int, int]  # device, inode, size, time of the last change in nanoseconds
+# Device, inode, size, and in nanoseconds the times of the last change of values and of the last change at all. Who
+# writes to a file can set back the first of the times, and not the other.
+Identity = tuple[int, int, int, int, int]
 
 
 def identity_of(status: os.stat_result) -> Identity:
     """What another file of the same name does not share, nor this one after it was written to."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def lies_inside(path: Path, root: str | Path) -> bool:
@@ -38,7 +44,7 @@ def inside(root: Path, folder: str, name: str) -> Path:
     """
     place = PurePosixPath(folder, name)
     if place.is_absolute() or ".." in place.parts or not lies_inside((root / place).parent, root):
-        raise ValueError(f"{root} lists a file of its own, {name!r}, that lies outside it")
+        raise ValueError(f"{root} lists a file of its own, {shorten(name)}, that lies outside it")
     return root / place
 
 
@@ -51,7 +57,7 @@ def require_file(path: Path, root: str) -> Path:
     if path.is_symlink():
         refuse_outside(path, root)
     if not path.is_file():
-        raise ValueError(f"{path} is {'a link to nothing' if path.is_symlink() else 'not a regular file'}")
+        raise ValueError(f"{shown(path)} is {'a link to nothing' if path.is_symlink() else 'not a regular file'}")
     return path
 
 
@@ -59,8 +65,8 @@ def refuse_outside(path: Path, root: str) -> None:
     """Raises ValueError if path is a link that leads out of root, the directory that is being read."""
     if not lies_inside(path, root):
         raise ValueError(
-            f"{path} is a link out of the directory, to {os.path.realpath(path)}: what is read stays inside {root}; "
-            "copy the directory with its links followed (cp -rL), or move what it links to inside"
+            f"{shown(path)} is a link out of the directory, to {shown(os.path.realpath(path))}: what is read stays "
+            f"inside {root}; copy the directory with its links followed (cp -rL), or move what it links to inside"
         )
 
 
@@ -70,26 +76,38 @@ def require_there(path: Path) -> None:
         path.stat()
     except FileNotFoundError:
         if path.is_symlink():
-            raise FileNotFoundError(f"{path} is a link to nothing ({path.readlink()} is not there)") from None
-        raise FileNotFoundError(f"{path} does not exist") from None
+            text = f"{shown(path)} is a link to nothing ({shown(path.readlink())} is not there)"
+            raise FileNotFoundError(text) from None
+        raise FileNotFoundError(f"{shown(path)} does not exist") from None
     except OSError as error:
         raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: OSError) -> OSError:
     """The error, of the same kind, in a sentence that names the path."""
-    return OSError(error.errno, f"{path} cannot be read: {error.strerror or error}")
+    return OSError(error.errno, f"{shown(path)} cannot be read: {error.strerror or error}")
 
 
-def parse_json(text: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """What a JSON text holds. pairs makes the objects of their (name, value) pairs.
+def read_object(file: BinaryIO) -> dict[str, Any]:
+    """What a file that holds a JSON object holds. ValueError: it holds none, or is longer than any that is read."""
+    if (size := os.fstat(file.fileno()).st_size) > LARGEST_TABLE:
+        raise ValueError(f"it has {size} bytes; at most {LARGEST_TABLE} are read")
+    table = parse_json(file.read())
+    if not isinstance(table, dict):
+        raise ValueError("it is not a JSON object")
+    return table
+
+
+def parse_json(text: bytes) -> Any:
+    """What a JSON text holds.
 
     Raises:
-        ValueError: it is none, or nested so deeply that handling it could exhaust the stack.
+        ValueError: it is none, has an object with a name twice, or is nested so deeply that handling it could exhaust
+            the stack.
     """
     too_deep = f"it is nested more than {DEEPEST} levels deep"
     try:
-        value = json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=without_duplicates)
     except RecursionError:
         raise ValueError(too_deep) from None
     level: Iterable[Any] = [value]
@@ -98,6 +116,14 @@ def parse_json(text: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None
         if not level:
             return value
     raise ValueError(too_deep)
+
+
+def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shorten(twice)} is there twice")
+    return table
 
 
 def values_in(value: Any) -> Iterable[Any]:
@@ -195,4 +221,4 @@ def place_empty_file(final: Path) -> None:
 
 
 def taken(final: Path) -> FileExistsError:
-    return FileExistsError(f"{final} is there already, and this conversion did not write it; move it away")
+    return FileExistsError(f"{shown(final)} is there already, and this conversion did not write it; move it away")

@@ -31,6 +31,12 @@ def shown(name: object) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def brief(name: object, limit: int = 200) -> str:
+    """shown, of bounded length."""
+    text = shown(name)
+    return text if len(text) <= limit else shorten(str(name), limit)
+
+
 def visible(text: str) -> str:
     """A sentence in one line: characters that are not printable are escaped."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +137,11 @@ def kind_of_reason(reason: str) -> str:
 
 
 def emit(event: str, **facts: Any) -> None:
-    """Print one event: {"event": its name, and what is known of it}."""
-    typer.echo(json.dumps({"event": event, **facts}, allow_nan=False))
+    """Print one event: {"event": its name, and what is known of it}. Where nobody reads on, the work goes on."""
+    try:
+        typer.echo(json.dumps({"event": event, **facts}, allow_nan=False))
+    except BrokenPipeError:
+        terminal.lead_nowhere(sys.stdout)
 
 
 def emit_plan(plan: ConvertPlan) -> None:

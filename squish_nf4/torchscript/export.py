@@ -22,6 +22,7 @@ from squish_nf4.torchscript.calls import Call, as_call, copied, resized_calls, r
 from squish_nf4.torchscript.comparison import Comparison, compare
 from squish_nf4.torchscript.model_state import ModelState, state_kept
 from squish_nf4.torchscript.refusals import TorchScriptError, refuse_target, refuse_unready
+from squish_nf4.torchscript.saving import save
 from squish_nf4.torchscript.script_or_trace import scripted_or_traced, torchs_warning_off
 from squish_nf4.torchscript.trial import Trial, try_in_fresh_process
 from squish_nf4.torchscript.trial_program import Leaves, results
@@ -136,7 +137,7 @@ def export_torchscript(
             state.restore()
         calls = [] if example is None else [example] * CALLS + [call for call, _ in resized.values()]
         with written_beside(target) as file:
-            torch.jit.save(module, file)
+            save(module, file)
             trial = try_in_fresh_process(file, [copied(call) for call in calls])  # a call may write into its inputs
             comparison = compare_calls(trial, expected)
             if comparison.misfit is not None:

@@ -19,10 +19,11 @@ from squish_nf4._native import library_path
 from squish_nf4.torchscript import trial_program
 from squish_nf4.torchscript.calls import Call, map_tensors
 from squish_nf4.torchscript.refusals import TorchScriptError
-from squish_nf4.torchscript.trial_program import Leaves
+from squish_nf4.torchscript.trial_program import Leaves, saved
 
-# Isolated (-I), Python looks into neither the working directory nor PYTHONPATH; the same torch is found all the same.
-START = "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); exec(sys.argv.pop(1))"
+# Isolated (-I) and without site (-S), Python knows its standard library alone. That stays first: no file of the user's
+# takes the place of a module of it.
+START = "import sys, json; sys.path += json.loads(sys.argv.pop(1)); exec(sys.argv.pop(1))"
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,16 @@ class Trial:
 
 
 def search_path() -> list[str]:
-    """Where this process finds its torch, without the working directory and the folder of the user's program.
+    """Where the fresh process finds this process's torch and what that imports, beside the standard library.
 
-    A file there may have the name of a module that torch imports; nothing of the user's is needed to run the file.
+    The folder of torch comes first, and after it where this process looks, for what torch imports may be installed
+    elsewhere. There a file of the user's may have the name of a module that is not installed, and torch looks for: the
+    working directory and the folder of the user's program are left out.
     """
     main = getattr(sys.modules["__main__"], "__file__", None)
     own = {os.getcwd(), *([os.path.dirname(os.path.realpath(main))] if main else [])}
     of_torch = os.path.dirname(os.path.dirname(os.path.realpath(torch.__file__)))
-    return [path for path in map(os.path.realpath, filter(None, sys.path)) if path == of_torch or path not in own]
+    return [of_torch, *(path for path in map(os.path.realpath, filter(None, sys.path)) if path not in own)]
 
 
 def try_in_fresh_process(file: Path, calls: Sequence[Call]) -> Trial:
@@ -67,9 +70,9 @@ def try_in_fresh_process(file: Path, calls: Sequence[Call]) -> Trial:
     program = Path(trial_program.__file__).read_text()
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         tasks, results = Path(folder, "tasks"), Path(folder, "results")
-        torch.save({"calls": plain_calls, **settings}, tasks)
+        tasks.write_bytes(saved({"calls": plain_calls, **settings}))
         arguments = [json.dumps(search_path()), program, library_path(), str(file), str(tasks), str(results)]
-        command = [sys.executable, "-I", "-W", "ignore", "-c", START, *arguments]
+        command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", START, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode != 0:
             said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

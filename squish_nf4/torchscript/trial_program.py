@@ -6,10 +6,12 @@ does the same four things: it loads the op library, loads the file, calls it, an
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +64,13 @@ def operators(file: str) -> list[str]:
     return sorted({f"squish::{name}" for text in code for name in re.findall(r"\bops\.squish\.(\w+)", text)})
 
 
+def saved(value: Any) -> memoryview:
+    """What torch.save writes. Where it writes into a file itself, a full disk ends the process."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getbuffer()
+
+
 def main(library: str, file: str, tasks: str, outcome: str) -> None:
     task = torch.load(tasks, weights_only=True)
     torch.set_num_threads(task["threads"])
@@ -73,7 +82,7 @@ def main(library: str, file: str, tasks: str, outcome: str) -> None:
     outputs = [call(module, args, kwargs) for args, kwargs in task["calls"]]
     if "squish_nf4" in sys.modules:
         sys.exit("squish_nf4 was imported, though the op library has to be enough")
-    torch.save({"operators": operators(file), "outputs": outputs}, outcome)
+    Path(outcome).write_bytes(saved({"operators": operators(file), "outputs": outputs}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from squish_nf4.checkpoint.conversion.convert import convert
 from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.conversion.options import ConvertOptions
 from squish_nf4.checkpoint.conversion.plan import make_plan
+from squish_nf4.checkpoint.directory.format import JOURNAL
 from squish_nf4.checkpoint.messages import Progress
 from tests.support.directories import StoppedError, gaussian, is_finished, save_shard, save_two_shards
 
@@ -122,6 +124,12 @@ def other_values(shard: Path) -> None:
     os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
 
 
+def other_values_at_the_same_time(shard: Path) -> None:
+    status = shard.stat()
+    other_values(shard)
+    os.utime(shard, ns=(0, status.st_mtime_ns))
+
+
 def another_header(shard: Path) -> None:
     """And nothing else, not even the time."""
     status = shard.stat()
@@ -135,7 +143,7 @@ def a_link(shard: Path) -> None:
     shard.symlink_to("moved")
 
 
-@pytest.mark.parametrize("replace", [another_file, other_values, another_header, a_link])
+@pytest.mark.parametrize("replace", [another_file, other_values, other_values_at_the_same_time, another_header, a_link])
 @pytest.mark.parametrize("late", [False, True], ids=["while it is read back", "while the journal is written"])
 def test_a_shard_that_took_the_place_of_the_one_that_was_read_stays(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: Callable[[Path], None], late: bool
@@ -152,12 +160,97 @@ def test_a_shard_that_took_the_place_of_the_one_that_was_read_stays(
 
     monkeypatch.setattr(*where, replace_before)
     monkeypatch.setattr("squish_nf4.checkpoint.conversion.run.MOST_TENSORS", 2)
-    with pytest.raises(
-        ValueError, match=r"1.safetensors was replaced or changed after it was read, and is not removed"
-    ):
+    said = (
+        r"1.safetensors was replaced or changed after it was read, and is not removed.*; when .* overwrite starts anew$"
+    )
+    with pytest.raises(ValueError, match=said):
         convert(source, tmp_path / "out", delete_source=True)
     assert [shard.read_bytes()] == found
     assert not is_finished(tmp_path / "out")
+    shard.unlink()
+    save_shard(shard, {"another": gaussian(2, 4)})
+    convert(source, tmp_path / "out", overwrite=True)  # as the error says
+
+
+def test_no_removal_is_journaled_of_a_shard_that_was_replaced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is killed before it takes that back, OUT would pass for the only copy."""
+    call, append, journaled = run.require_read_back, Journal.append, []
+
+    def replace_before(*args: Any) -> None:
+        other_values(source / "1.safetensors")
+        call(*args)
+
+    def append_and_keep(journal: Journal, facts: Any) -> None:
+        journaled.extend(facts)
+        append(journal, facts)
+
+    monkeypatch.setattr(run, "require_read_back", replace_before)
+    monkeypatch.setattr(Journal, "append", append_and_keep)
+    with pytest.raises(ValueError, match=r"1.safetensors was replaced or changed after it was read"):
+        convert(source, tmp_path / "out", delete_source=True)
+    assert journaled
+    assert not any("removed" in fact for fact in journaled)
+
+
+def test_the_only_copy_of_a_removed_shard_is_said_to_be_that_when_another_one_was_changed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = run.require_read_back
+
+    def replace_the_second(*args: Any) -> None:
+        if not (source / "1.safetensors").exists():
+            other_values(source / "2.safetensors")
+        call(*args)
+
+    monkeypatch.setattr(run, "require_read_back", replace_the_second)
+    monkeypatch.setattr(run, "MOST_TENSORS", 2)
+    said = r"2.safetensors was replaced .* it is the only copy of what the source held in '1.safetensors': .* resume"
+    with pytest.raises(ValueError, match=said):
+        convert(source, tmp_path / "out", delete_source=True)
+    refused_to_overwrite(source, tmp_path / "out")
+
+
+def stopped_after_the_first_tensor(source: Path, out: Path, **options: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "MOST_TENSORS", 1)
+        with pytest.raises(StoppedError):
+            convert(source, out, on_tensor=stop_at_once, **options)
+
+
+def stop_at_once(_: object) -> None:
+    raise StoppedError
+
+
+@pytest.mark.parametrize("change", [another_file, other_values_at_the_same_time, "an older journal"])
+def test_a_shard_that_is_not_the_one_the_conversion_began_with_is_not_removed_when_it_goes_on(
+    source: Path, tmp_path: Path, change: Callable[[Path], None] | str
+) -> None:
+    out, shard = tmp_path / "out", source / "1.safetensors"
+    stopped_after_the_first_tensor(source, out)
+    if callable(change):
+        change(shard)
+    else:
+        header, facts = (out / JOURNAL).read_bytes().split(b"\n", 1)
+        older = {what: fact for what, fact in json.loads(header).items() if what != "identities"}
+        (out / JOURNAL).write_bytes(json.dumps(older).encode() + b"\n" + facts)
+    before = (out / JOURNAL).read_bytes()
+    with pytest.raises(ValueError, match=r"not known that .*out was begun with these .*'1.safetensors'.* verify"):
+        convert(source, out, resume=True, delete_source=True)
+    assert (out / JOURNAL).read_bytes() == before
+    convert(source, out, resume=True)
+    assert len(list(source.glob("*.safetensors"))) == 2
+
+
+def test_what_a_copy_was_read_for_is_not_removed_though_the_first_file_comes_back(source: Path, tmp_path: Path) -> None:
+    out, shard = tmp_path / "out", source / "1.safetensors"
+    stopped_after_the_first_tensor(source, out)
+    shutil.copytree(source, tmp_path / "copy")  # with its times
+    stopped_after_the_first_tensor(tmp_path / "copy", out, resume=True)
+    with pytest.raises(ValueError, match=r"not known that .*out was begun with these very files"):
+        convert(source, out, resume=True, delete_source=True)
+    assert shard.exists()
 
 
 def test_a_weight_that_is_refused_is_found_before_anything_is_removed(source: Path, tmp_path: Path) -> None:

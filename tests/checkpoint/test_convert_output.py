@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,15 +108,18 @@ def test_overwrite_makes_the_directory_unfinished_before_it_deletes(source: Path
         load_npy_dir(out)
 
 
-def test_overwrite_of_an_unfinished_conversion_starts_anew(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-
+def stopped_at_the_second_shard(source: Path, out: Path, **options: Any) -> None:
     def stop(progress: Progress) -> None:
         if progress.tensor == "2.weight":
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        convert(source, out, group_size=64, progress=stop)
+        convert(source, out, progress=stop, **options)
+
+
+def test_overwrite_of_an_unfinished_conversion_starts_anew(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stopped_at_the_second_shard(source, out, group_size=64)
     assert convert(source, out, overwrite=True).resumed == 0
     convert(source, tmp_path / "fresh")
     assert set(files(out)) == set(files(tmp_path / "fresh"))
@@ -149,6 +155,62 @@ def test_overwrite_refuses_what_another_program_wrote(source: Path, tmp_path: Pa
     (out / "tensors").mkdir()
     (out / "tensors" / ".manifest_ready").touch()
     refused_to_overwrite(source, out, ValueError, "its squish_nf4.json does not say which files")
+
+
+def test_overwrite_reads_squish_nf4_json_as_carefully_as_a_reader_does(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, out)
+    sidecar = out / "squish_nf4.json"
+    whole = sidecar.read_text()
+    sidecar.unlink()
+    os.mkfifo(sidecar)  # which would be waited for
+    refused_to_overwrite(source, out, ValueError, r"squish_nf4.json is not a regular file")
+    sidecar.unlink()
+    sidecar.write_text(whole.replace("{", '{"copied": {}, ', 1))
+    refused_to_overwrite(source, out, ValueError, r"'copied' is there twice")
+    (tmp_path / "elsewhere").write_text(whole)
+    sidecar.unlink()
+    sidecar.symlink_to(tmp_path / "elsewhere")
+    refused_to_overwrite(source, out, ValueError, r"squish_nf4.json is a link out of the directory")
+
+
+def make_a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+
+
+def kinds(out: Path) -> dict[str, int]:
+    return {str(path.relative_to(out)): stat.S_IFMT(path.lstat().st_mode) for path in out.rglob("*")}
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, make_a_socket])
+@pytest.mark.parametrize("begun", [False, True], ids=["finished", "unfinished"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("manifest.json", "stats.json", "squish_nf4.json", "tensors/.manifest_ready", "tensors/1__bias__pt.npy"),
+        *("squish_nf4.journal", "squish_nf4.journal.part", "tensors/.squish_nf4-00000000-1.part"),
+    ],
+)
+def test_what_is_no_regular_file_stays_and_what_is_finished_too(
+    source: Path, tmp_path: Path, make: Callable[[Path], None], begun: bool, name: str
+) -> None:
+    """Either the conversion is refused with nothing changed, or it does not need that name."""
+    out = tmp_path / "out"
+    if begun:
+        stopped_at_the_second_shard(source, out)
+    else:
+        convert(source, out)
+    (out / name).unlink(missing_ok=True)
+    make(out / name)
+    before = kinds(out)
+    try:
+        convert(source, out, overwrite=True)
+    except (OSError, ValueError):
+        assert kinds(out) == before
+    else:
+        assert name.endswith("1.part")
+        assert kinds(out)[name] == before[name]
 
 
 def test_overwrite_refuses_to_delete_a_tensors_file_that_was_changed(source: Path, tmp_path: Path) -> None:

@@ -383,6 +383,18 @@ def test_a_damaged_journal_is_refused(source: Path, tmp_path: Path, text: bytes)
         convert(source, tmp_path / "out", resume=True)
 
 
+@pytest.mark.parametrize("text", [b"", b"{}\n"])
+def test_a_strange_journal_in_a_finished_directory_is_to_be_moved_away(
+    source: Path, tmp_path: Path, text: bytes
+) -> None:
+    convert(source, tmp_path / "out")
+    (tmp_path / "out" / JOURNAL).write_bytes(text)
+    for way in ("resume", "overwrite"):
+        with pytest.raises(ValueError, match=r"; move it away: .*out holds a finished conversion$"):
+            convert(source, tmp_path / "out", **{way: True})
+    assert is_finished(tmp_path / "out")
+
+
 def test_two_conversions_into_one_directory_are_refused(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 

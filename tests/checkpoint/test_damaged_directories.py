@@ -366,7 +366,7 @@ def test_a_table_that_is_a_link_out_is_refused(own: Path, table: str) -> None:
     ("manifest", "text"),
     [
         ("", "manifest.json cannot be read"),
-        ("[]", "manifest.json is not a JSON object"),
+        ("[]", "manifest.json cannot be read: it is not a JSON object"),
         ("[" * 100_000, "manifest.json cannot be read: it is nested more than 16 levels deep"),
         ("\xff", "manifest.json cannot be read"),
         ('{"a": 3}', "the key of 'a' is not a string"),
@@ -381,7 +381,7 @@ def test_a_damaged_manifest_is_refused(foreign: Path, manifest: str, text: str) 
 
 def test_a_missing_or_enormous_manifest_is_refused(foreign: Path) -> None:
     sparse(foreign / "manifest.json", b"{", 2**33 - 1)
-    assert_refused(foreign, r"manifest.json has 8589934592 bytes; at most 536870912 are read")
+    assert_refused(foreign, r"manifest.json cannot be read: it has 8589934592 bytes; at most 536870912 are read")
     (foreign / "manifest.json").unlink()
     assert_refused(foreign, r"manifest.json cannot be read: it is not there")
 

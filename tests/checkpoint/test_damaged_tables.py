@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from squish_nf4.checkpoint.audit.diff import diff
 from squish_nf4.checkpoint.audit.inspection import inspect
 from squish_nf4.checkpoint.audit.verify import verify
 from squish_nf4.checkpoint.conversion.convert import convert
+from squish_nf4.checkpoint.conversion.forms import is_number
 from squish_nf4.checkpoint.conversion.output import Output
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
 from tests.support.directories import gaussian, save_shard
@@ -143,6 +145,12 @@ def test_a_damaged_table_is_refused_in_a_sentence_or_does_not_matter(
         for call in calls:
             text = refusal(lambda call=call, out=out: call(out))
             assert text is None or ("\n" not in text and ("out" in text or "tensor" in text)), (seed, text)
+
+
+def test_a_number_is_finite_and_not_negative() -> None:
+    """What squish_nf4.json could not hold in the end."""
+    assert all(map(is_number, (0, 7, 0.0, 0.5)))
+    assert not any(map(is_number, (math.nan, math.inf, -1, -0.5, True, "1", None, 10**400)))
 
 
 def test_a_journal_of_another_version_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -250,6 +251,47 @@ def test_json_holds_every_number(made: tuple[Path, Path]) -> None:
         assert [group["row"] for group in found["worst"]] == [group.row for group in numbers.worst]
     assert by_name["zero"]["nf4"]["snr_db"] is None
     assert by_name["ids"]["nf4"] is None
+
+
+@pytest.mark.parametrize(
+    "recorded", [float("nan"), float("inf"), -1, -0.5, True, "0.1", pytest.param(10**400, id="large")]
+)
+def test_a_recorded_error_that_is_none_is_refused(made: tuple[Path, Path], tmp_path: Path, recorded: object) -> None:
+    path = Path(shutil.copytree(made[0], tmp_path / "dir"))
+    record(path, "stack", recorded)
+    with pytest.raises(ValueError, match=r"dir/squish_nf4.json records the relative_error .* of tensor 'stack'; a fin"):
+        inspect(path)
+
+
+def record(path: Path, name: str, error: object) -> None:
+    table = json.loads((path / "squish_nf4.json").read_text())
+    table["tensors"][name]["relative_error"] = error
+    (path / "squish_nf4.json").write_text(json.dumps(table))
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, None], ids=["nan", "inf", "a vast error is recorded"])
+@pytest.mark.parametrize("all_of_it", [False, True])
+def test_what_is_no_finite_number_is_shown(
+    made: tuple[Path, Path], tmp_path: Path, scale: float | None, all_of_it: bool
+) -> None:
+    path = Path(shutil.copytree(made[0], tmp_path / "dir"))
+    for name in ("stack", "up.weight", "zero") if all_of_it else ("stack",):
+        if scale is None:
+            record(path, name, 1e308)
+        else:
+            file = path / "tensors" / f"{name.replace('.', '__')}__s_nf4.npy"
+            scales = np.load(file)
+            scales[: None if all_of_it else 1] = scale
+            np.save(file, scales)
+    if scale is not None:
+        (path / "squish_nf4.json").unlink()
+    done = invoke(path, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["relative_rms"] is None
+    assert invoke(path).exit_code == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Page(inspect_page.render(inspect(path)))
 
 
 class Page(HTMLParser):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,23 @@ def test_a_new_one_takes_the_place_of_an_old_one_only_when_its_header_is_whole(
     assert reopened(path).header == {"old": 1}
     Journal.create(path, lambda: {"new": 1}).close()
     assert reopened(path).header == {"new": 1}
+
+
+def test_what_is_called_like_it_and_is_no_file_is_said_to_be_none(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+    with pytest.raises(FileExistsError, match=r"journal is a link .*, or is no file; move it away"):
+        Journal(path)
+
+
+def test_what_was_appended_last_can_be_taken_back(path: Path) -> None:
+    journal = Journal.create(path, lambda: {"a": 1})
+    journal.append([{"b": 2}])
+    journal.append([{"not so": 0}, {"nor so": 0}])
+    journal.take_back()
+    journal.append([{"c": 3}])
+    journal.close()
+    assert reopened(path).facts == [{"b": 2}, {"c": 3}]
 
 
 def test_it_is_locked_while_it_is_open(path: Path) -> None:

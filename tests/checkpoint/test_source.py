@@ -191,6 +191,34 @@ def test_a_damaged_index_is_refused_by_name(tmp_path, text):
     assert len(str(refused.value)) < 300
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_an_index_that_is_no_file_is_refused(tmp_path, make):
+    """A pipe would be waited for."""
+    two_shards(tmp_path)
+    make(tmp_path / "model.safetensors.index.json")
+    with pytest.raises(ValueError, match=r"index.json is not an index of .*: it is no regular file"):
+        open_source(tmp_path)
+
+
+def test_an_index_may_be_a_link(tmp_path):
+    """As in the cache of Hugging Face."""
+    save_index(tmp_path, two_shards(tmp_path / "model"), "blob")
+    (tmp_path / "model" / "model.safetensors.index.json").symlink_to(tmp_path / "blob")
+    assert names(open_source(tmp_path / "model")) == ["a", "b", "c"]
+
+
+def test_an_index_that_says_a_thing_twice_or_is_too_long_is_refused(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.dumps(two_shards(tmp_path))
+    index.write_text(f'{{"weight_map": {{}}, "weight_map": {weight_map}}}')
+    with pytest.raises(ValueError, match=r"is not an index of safetensors shards: 'weight_map' is there twice"):
+        open_source(tmp_path)
+    with index.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=r"is not an index of .*: it has 1099511627776 bytes; at most 536870912 are"):
+        open_source(tmp_path)
+
+
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "", "..", "x.bin"])
 def test_an_index_that_points_out_of_its_directory_is_refused(tmp_path, shard):
     save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
@@ -297,6 +325,25 @@ def test_a_shard_that_changes_while_it_is_read_is_refused(tmp_path):
         change()
         with pytest.raises(ValueError, match=r"x.safetensors was changed while it was read"):
             read_values(entry, 0, 8)
+
+
+def test_a_shard_that_is_written_to_in_the_middle_of_a_read_is_refused(tmp_path, monkeypatch):
+    """After whatever looks at it before the read, and with its time set back."""
+    file = save_shard(tmp_path / "x.safetensors", {"a": gaussian(2, 4)})
+    [entry] = open_source(file).entries
+    status = file.stat()
+
+    class WrittenTo(io.FileIO):
+        def readinto(self, buffer):
+            with open(file, "r+b") as writer:
+                writer.seek(entry.start)
+                writer.write(b"?")
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: WrittenTo(path))
+    with pytest.raises(ValueError, match=r"x.safetensors was changed while it was read"):
+        read_values(entry, 0, 8)
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("F4", 0.5), ("F6_E2M3", 0.75)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +13,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from squish_nf4 import convert, iter_npy_dir, load_into, load_npy_dir
+from squish_nf4.checkpoint.conversion import run
+from squish_nf4.checkpoint.conversion.output import Output
+from squish_nf4.checkpoint.directory.format import JOURNAL
 from squish_nf4.checkpoint.messages import shown, visible
 from squish_nf4.commands.cli import app
-from tests.support.directories import gaussian, save_shard
+from tests.support.directories import gaussian, save_index, save_shard
 
 NAMES = ["a\x1b[2J.weight", "b\nsound: all right.weight", "c\r\x07d.weight", "e\u202egnp.bias", "f\x9b31m.weight"]
 QUOTED = [r"'a\x1b[2J.weight'", r"'b\nsound: all right.weight'", r"'c\r\x07d.weight'", r"'e\u202egnp.bias'"]
@@ -53,6 +57,47 @@ def commands(folder: Path) -> Iterator[str]:
     yield output("inspect", out)
     yield output("diff", out, other)
     yield output("inspect", folder / "no\x1b[31mthing")
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises((ValueError, OSError)) as refused:
+        call()
+    return str(refused.value)
+
+
+def test_no_error_of_a_conversion_says_them_as_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, out = folder / "out.safetensors", folder / "begun"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(shard, out)
+    for file in out.glob("tensors/*__s_nf4.npy"):
+        file.write_bytes(b"")
+    said = [refusal(lambda way=way: convert(shard, out, **{way: True})) for way in ("resume", "overwrite")]
+    header, _, facts = (out / JOURNAL).read_bytes().partition(b"\n")
+    table = json.loads(header)
+    for what in ({"ultra": "\x1b[2J"}, {"\x1b[2J" + 999 * "x": 1}):
+        changed = json.dumps(table | {"options": table["options"] | what}).encode()
+        (out / JOURNAL).write_bytes(changed + b"\n" + facts)
+        said.append(refusal(lambda: convert(shard, out, resume=True)))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "sha256_on_disk", lambda _: "")
+        said.append(refusal(lambda: convert(shard, folder / "new", delete_source=True)))
+    for name in ("\x1b[2J.safetensors", 999 * "x" + ".safetensors"):
+        (folder / "model").mkdir(exist_ok=True)
+        save_index(folder / "model", {"x": name})
+        said.append(refusal(lambda: convert(folder / "model", folder / "newest")))
+    files = json.loads((folder / "out" / "squish_nf4.json").read_text())
+    for record in files["tensors"].values():
+        record["files"] = {"\x1b[2J" + 999 * "x": {"bytes": "\x1b[2J" + 999 * "x"}}
+    (folder / "out" / "squish_nf4.json").write_text(json.dumps(files))
+    said.append(refusal(lambda: load_npy_dir(folder / "out")))
+    assert all(text.isprintable() and len(text) < 800 for text in said), said
+    assert len(said) == 8
 
 
 def test_no_command_prints_them_as_they_are(folder: Path) -> None:

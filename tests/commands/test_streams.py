@@ -60,6 +60,8 @@ def without_a_reader(folder: Path, command: str) -> subprocess.CompletedProcess[
     ("command", "status"),
     [
         ("convert --nf4 model.safetensors new", 0),
+        ("convert --nf4 --json model.safetensors new", 0),
+        ("convert --nf4 --json --dry-run model.safetensors", 0),
         ("diff out out", 0),
         ("diff out other", 1),
         ("doctor", 0),
@@ -69,6 +71,7 @@ def without_a_reader(folder: Path, command: str) -> subprocess.CompletedProcess[
 def test_a_reader_that_has_gone_changes_no_exit_code(folder: Path, command: str, status: int) -> None:
     done = without_a_reader(folder, command)
     assert (done.returncode, done.stderr) == (status, "")
+    assert "new" not in command or len(load_npy_dir(folder / "new")) == 2
 
 
 @pytest.mark.parametrize("command", ["--version", "doctor", "diff out out"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -21,9 +22,12 @@ from squish_nf4.torchscript import export as torchscript
 from squish_nf4.torchscript import trial
 from squish_nf4.torchscript.calls import Call
 from squish_nf4.torchscript.refusals import TorchScriptError
+from squish_nf4.torchscript.saving import save
+from squish_nf4.torchscript.script_or_trace import torchs_warning_off
 from squish_nf4.torchscript.trial import Trial
 from tests.support.helpers import require, require_transformers
 from tests.support.models import quantized_llama, some_tokens
+from tests.support.processes import run_python
 from tests.support.scripts import load, run_here
 
 pytestmark = pytest.mark.sweeps  # what is exported is tried in a fresh process
@@ -310,13 +314,74 @@ def test_the_fresh_process_executes_nothing_of_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a module of Python's nor one that torch looks for, in the working directory or on PYTHONPATH."""
-    for name in ("uuid", "json", "networkx", "sitecustomize"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})")
+    prepare_to_execute(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert export_torchscript(NF4Linear(64, 8).eval(), "m.pt", torch.randn(2, 64)).same_bits
     assert not (tmp_path / "executed").exists()
+
+
+def test_the_fresh_process_takes_no_module_from_another_folder_that_python_or_torchs_place_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder on PYTHONPATH, or of a program that was started by -m and has left it."""
+    prepare_to_execute(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert export_torchscript(NF4Linear(64, 8).eval(), tmp_path / "m.pt", torch.randn(2, 64)).same_bits
+    assert not (tmp_path / "executed").exists()
+
+
+def prepare_to_execute(tmp_path: Path) -> None:
+    for name in ("uuid", "json", "networkx", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})")
+
+
+ON_A_FULL_DISK = """
+import resource, sys, torch, warnings
+from squish_nf4 import export_torchscript
+class Repeat(torch.nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(weights), requires_grad=False)
+    def forward(self, x):
+        return x.repeat(int(self.weight.numel()))
+weights, inputs = map(int, sys.argv[2:])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # a larger file is an error of the system
+export_torchscript(Repeat(weights).eval(), sys.argv[1], torch.randn(inputs))
+"""
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "error"),
+    [
+        (100_000, 1, r"OSError: \[Errno 27\] {path} cannot be written: File too large"),
+        (1, 100_000, r"OSError: \[Errno 27\] {path} cannot be written: File too large"),
+        (300, 300, r".*TorchScriptError: .* a fresh process .* cannot run the file: OSError: .* File too large"),
+    ],
+    ids=["the file", "the inputs", "the results"],
+)
+def test_a_disk_that_does_not_take_it_is_an_error_and_nothing_is_left(
+    tmp_path: Path, weights: int, inputs: int, error: str
+) -> None:
+    said = run_python(ON_A_FULL_DISK, tmp_path / "m.pt", weights, inputs, check=False)
+    assert re.fullmatch(error.format(path=re.escape(str(tmp_path / "m.pt"))), said), said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error() -> None:
+    """And not the end of this process."""
+    with torchs_warning_off(), pytest.raises(OSError, match="No space left on device"):
+        save(torch.jit.script(NF4Linear(64, 8).eval()), Path("/dev/full"))
+
+
+def test_the_file_is_the_one_that_torch_writes(tmp_path: Path) -> None:
+    (tmp_path / "torchs").mkdir()
+    with torchs_warning_off():
+        module = torch.jit.script(NF4Linear(64, 8).eval())
+        save(module, tmp_path / "m.pt")
+        torch.jit.save(module, tmp_path / "torchs" / "m.pt")
+    assert (tmp_path / "m.pt").read_bytes() == (tmp_path / "torchs" / "m.pt").read_bytes()
 
 
 @pytest.mark.usefixtures("here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from squish_nf4.checkpoint.audit.measure import Basis, Nf4Numbers, measure
-from squish_nf4.checkpoint.directory.format import ENDS, TENSORS
+from squish_nf4.checkpoint.directory.format import ENDS, SIDECAR, TENSORS
 from squish_nf4.checkpoint.directory.reader import SquishDirectory, open_directory
 from squish_nf4.checkpoint.directory.stored_tensor import StoredTensor
 from squish_nf4.checkpoint.messages import Progress, shorten
@@ -108,7 +109,7 @@ class Inspection:
     def relative_rms(self) -> float:
         """The relative error of all weights in NF4 together."""
         norm = sum(numbers.squared_norm for _, numbers in self.in_nf4)
-        error = sum(numbers.squared_norm * numbers.relative_rms**2 for _, numbers in self.in_nf4)
+        error = sum(numbers.squared_norm * numbers.relative_rms * numbers.relative_rms for _, numbers in self.in_nf4)
         return relative_error(error, norm)
 
     @property
@@ -220,7 +221,7 @@ def in_directory(directory: SquishDirectory, file_name: str | None = None) -> Co
         if file_name is not None and (tied or file_name not in {file.path.name for file in tensor.files.values()}):
             continue
         record = (directory.records or {}).get(tensor.name, {})
-        reason, dtype, error = (record.get(what) for what in ("reason", "source_dtype", "relative_error"))
+        reason, dtype = record.get("reason"), record.get("source_dtype")
         contents.tensors[name] = Inspected(
             name=name,
             tied_to=tensor.name if tied else None,
@@ -233,9 +234,22 @@ def in_directory(directory: SquishDirectory, file_name: str | None = None) -> Co
         )
         if tensor.kind == "nf4" and not tied:
             contents.loads[name] = partial(load_unchanged, directory, tensor)
-        if isinstance(error, int | float):
-            contents.recorded[name] = float(error)
+        if (error := recorded_error(directory, tensor)) is not None:
+            contents.recorded[name] = error
     return contents
+
+
+def recorded_error(directory: SquishDirectory, tensor: StoredTensor) -> float | None:
+    """The relative error that its converter measured, if it says so. ValueError: what it says is none."""
+    found = (directory.records or {}).get(tensor.name, {}).get("relative_error")
+    if found is None:
+        return None
+    if type(found) not in (int, float) or not 0 <= found <= sys.float_info.max:  # which NaN is not either
+        raise ValueError(
+            f"{directory.path / SIDECAR} records the relative_error {found!r:.100} of tensor {shorten(tensor.name)}; a "
+            "finite number is wanted, 0 or more"
+        )
+    return float(found)
 
 
 def load_unchanged(directory: SquishDirectory, tensor: StoredTensor) -> tuple[Array, Array]:

@@ -167,6 +167,7 @@ class Nf4Numbers:
         return entropy_of(self.indices)
 
 
+@np.errstate(invalid="ignore", over="ignore")  # a scale that another program wrote may be NaN or infinite
 def measure(packed: Array, scales: Array, w: Tensor | None, recorded: float | None) -> Nf4Numbers:
     """Everything about a tensor in NF4.
 

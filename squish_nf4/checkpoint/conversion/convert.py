@@ -109,18 +109,20 @@ def convert(
         done = {fact["tensor"] for fact in journal.facts if "tensor" in fact} if journal else ()
         require_room(dst, plan.bytes_taken(delete_source, done) - recovery.bytes_freed(dst, overwrite), min_free_gb)
         workers = Workers(stack.enter_context(ThreadPoolExecutor(budget.workers)), budget, where)
-        if delete_source:
-            refuse_links(plan.source.shards)
-            refuse_values_before_removing(plan, workers)
         header = header_of(plan.source, chosen, plan.tied)
         if journal is not None:
             recovery.refuse_another(dst, journal, header)
-        else:
+            with unfinished_by_the_system(Output(dst, journal), len(plan.tensors)):
+                recovery.note_other_files(dst, journal, header, delete_source=delete_source)
+        if delete_source:
+            refuse_links(plan.source.shards)
+            refuse_values_before_removing(plan, workers)
+        if journal is None:
             journal = stack.enter_context(closing(recovery.begin(dst, header, overwrite=overwrite)))
         output = Output(dst, journal)
         with unfinished_by_the_system(output, len(plan.tensors)):
             recovery.recover(output)
-        with unfinished_by_the_system(output, len(plan.tensors)), unfinished_by_a_refusal(output, len(plan.tensors)):
+        with unfinished_by_the_system(output, len(plan.tensors)), unfinished_by_a_refusal(output, plan):
             refuse_alike(output, plan.keys)
             resumed = len(output.records)
             write_tensors(
@@ -233,11 +235,16 @@ def unfinished_by_the_system(output: Output, tensors: int) -> Iterator[None]:
 
 
 @contextmanager
-def unfinished_by_a_refusal(output: Output, tensors: int) -> Iterator[None]:
+def unfinished_by_a_refusal(output: Output, plan: ConvertPlan) -> Iterator[None]:
     """A refusal once writing has begun says what is left, and what may be done about it."""
     try:
         yield
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError  # not a subclass: some take other arguments
-        left = f"{what_is_left(output, tensors)}; when the source or the options are mended, overwrite starts anew"
-        raise kind(f"{error}. {left}") from error
+        way = "when the source or the options are mended, overwrite starts anew"
+        if gone := [shard.path.name for shard in plan.source.shards if not shard.path.exists()]:
+            way = (
+                f"it is the only copy of what the source held in {listed(gone)}: when the rest of the source is as "
+                "it was, resume goes on, and when these are back, overwrite starts anew"
+            )
+        raise kind(f"{error}. {what_is_left(output, len(plan.tensors))}; {way}") from error

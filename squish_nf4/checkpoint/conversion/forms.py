@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from squish_nf4.checkpoint.conversion.journal import VERSION, Journal
+from squish_nf4.checkpoint.conversion.journal import VERSION, Journal, way_out
 from squish_nf4.checkpoint.values import dtype_named
 
 Form = Callable[[Any], bool]  # whether a value has it
@@ -36,7 +36,8 @@ def is_time(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) is float or is_count(value)
+    """A finite number that is not negative."""
+    return is_count(value) or (type(value) is float and 0 <= value < math.inf)
 
 
 def is_shape(value: Any) -> bool:
@@ -116,11 +117,13 @@ HEADER = holding(
         "tied": named(is_text),
     },
     replaces=maybe(each(is_text)),
+    identities=named(each(lambda value: type(value) is int)),
 )
 FACTS: dict[str, Form] = {
     "tensor": holding({"tensor": is_text, "parts": named(is_text), "record": TENSOR}),
     "copied": holding({"copied": is_text, "parts": named(is_text), "record": STORED}),
     "removed": holding({"removed": is_text}),
+    "copies": holding({"copies": each(is_text)}),
     "cleared": holding({"cleared": lambda value: value is True}),
 }
 WRITTEN = holding({"tensors": named(holding({"files": named(STORED)})), "copied": named(STORED)})
@@ -149,8 +152,7 @@ def open_journal(path: Path) -> Journal:
 
 def damaged(journal: Journal, line: int) -> ValueError:
     return ValueError(
-        f"{journal.path} is damaged, or another version's: its line {line} is not understood; if the source is still "
-        f"whole, remove {journal.path.parent} to convert anew"
+        f"{journal.path} is damaged, or another version's: its line {line} is not understood; {way_out(journal.path)}"
     )
 
 
@@ -170,7 +172,7 @@ def is_fact(fact: Mapping[str, Any], header: Mapping[str, Any]) -> bool:
         return fact["removed"] in header["shards"]
     if "copied" in fact:
         return list(fact["parts"]) == [fact["copied"]]
-    return "cleared" in fact or (fact["tensor"] in header["tensors"] and is_of_tensor(fact, header))
+    return "cleared" in fact or "copies" in fact or (fact["tensor"] in header["tensors"] and is_of_tensor(fact, header))
 
 
 def is_of_tensor(fact: Mapping[str, Any], header: Mapping[str, Any]) -> bool:

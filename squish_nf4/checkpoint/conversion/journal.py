@@ -19,11 +19,12 @@ from typing import Any
 
 from squish_nf4._version import __version__
 from squish_nf4.checkpoint.conversion.options import ConvertOptions
-from squish_nf4.checkpoint.directory.format import DRAFT
+from squish_nf4.checkpoint.directory.format import DRAFT, READY, TENSORS
 from squish_nf4.checkpoint.files import parse_json, sync
 from squish_nf4.checkpoint.source.shard_file import Shard
 from squish_nf4.checkpoint.source.shards import Entry, Source
 from squish_nf4.checkpoint.values import dtype_name, dtype_named
+from squish_nf4.replace import refuse_to_replace
 
 VERSION = 1  # of the journal
 WRITER = f"squish_nf4 {__version__}"
@@ -51,15 +52,14 @@ class Journal:
         self.file.seek(0)
         text = self.file.readall()
         whole = text.rfind(b"\n") + 1
-        anew = f"if the source is still whole, remove {self.path.parent} to convert anew"
         try:
             lines = [parse_json(line) for line in text[:whole].splitlines()]
         except ValueError as error:
-            raise ValueError(f"{self.path} is damaged ({error}); {anew}") from error
+            raise ValueError(f"{self.path} is damaged ({error}); {way_out(self.path)}") from error
         if not lines or not all(isinstance(line, dict) for line in lines):
-            raise ValueError(f"{self.path} is not the journal of a conversion; {anew}")
+            raise ValueError(f"{self.path} is not the journal of a conversion; {way_out(self.path)}")
         self.file.truncate(whole)
-        self.file.seek(whole)
+        self._end_before = self.file.seek(whole)
         return lines
 
     @staticmethod
@@ -71,11 +71,13 @@ class Journal:
 
         Raises:
             BlockingIOError: another process is about to begin one.
+            FileExistsError: there is something at path, or at the draft's, that is no regular file.
         """
         draft = path.with_name(DRAFT)
         file = opened_alone(draft, os.O_CREAT)
         try:
             header = json.dumps(make_header()).encode() + b"\n"
+            refuse_to_replace(path)
             try:
                 file.truncate(0)
                 write_all(file, header)
@@ -92,14 +94,18 @@ class Journal:
     def append(self, facts: Iterable[Line]) -> None:
         """Returns when the disk has them. If it cannot take them all, it keeps none."""
         lines = b"".join(json.dumps(fact).encode() + b"\n" for fact in facts)
-        end = self.file.tell()
+        self._end_before = self.file.tell()
         try:
             write_all(self.file, lines)
             os.fsync(self.file.fileno())
         except BaseException:
-            self.file.truncate(end)
-            self.file.seek(end)
+            self.take_back()
             raise
+
+    def take_back(self) -> None:
+        """Removes what was appended last."""
+        self.file.truncate(self._end_before)
+        self.file.seek(self._end_before)
 
     def remove(self) -> None:
         self.path.unlink()
@@ -107,6 +113,13 @@ class Journal:
 
     def close(self) -> None:
         self.file.close()
+
+
+def way_out(path: Path) -> str:
+    """What may be done about a journal that nobody can go on with."""
+    if (path.parent / TENSORS / READY).is_file():
+        return f"move it away: {path.parent} holds a finished conversion"
+    return f"if the source is still whole, remove {path.parent} to convert anew"
 
 
 def opened_alone(path: Path, more_flags: int = 0) -> FileIO:
@@ -120,7 +133,7 @@ def opened_alone(path: Path, more_flags: int = 0) -> FileIO:
     try:
         file = FileIO(os.open(path, os.O_RDWR | os.O_NOFOLLOW | more_flags, 0o666), "r+b")
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR):
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a directory, a socket
             raise foreign from error
         raise
     try:
@@ -150,7 +163,10 @@ def write_all(file: FileIO, data: bytes) -> None:
 
 
 def header_of(source: Source, options: ConvertOptions, tied: Mapping[str, str]) -> dict[str, Any]:
-    """For recovery.py to compare, all but "tensors" and "tied", which follow from the rest."""
+    """For recovery.py to compare, all but "tensors" and "tied", which follow from the rest.
+
+    "identities" are compared only before a shard is removed: those of a copy are others.
+    """
     return {
         "journal": VERSION,
         "writer": WRITER,
@@ -163,6 +179,7 @@ def header_of(source: Source, options: ConvertOptions, tied: Mapping[str, str]) 
             }
             for shard in source.shards
         },
+        "identities": {shard.path.name: list(shard.identity) for shard in source.shards if shard.identity},
         "small_files": {place.as_posix(): facts_of(file) for file, place in source.small_files},
         "tensors": {
             entry.name: [entry.shard.path.name, dtype_name(entry.dtype), list(entry.shape), entry.start]

@@ -14,7 +14,10 @@ from squish_nf4.checkpoint.conversion.forms import WRITTEN, open_journal
 from squish_nf4.checkpoint.conversion.journal import Journal
 from squish_nf4.checkpoint.conversion.output import Output, Record
 from squish_nf4.checkpoint.directory.format import JOURNAL, MANIFEST, READY, SIDECAR, STATS, TENSORS, State, state_of
-from squish_nf4.checkpoint.files import inside, parse_json, place_file, sha256_of, sync
+from squish_nf4.checkpoint.directory.tables import read_table
+from squish_nf4.checkpoint.files import inside, place_file, sha256_of, sync
+from squish_nf4.checkpoint.messages import brief, listed, shown, visible
+from squish_nf4.replace import refuse_to_replace, remove
 
 PART = re.compile(r"\.squish_nf4-[0-9a-f]{8}-\d+\.part")
 
@@ -53,6 +56,7 @@ def begin(path: Path, header: Record, *, overwrite: bool) -> Journal:
         BlockingIOError: another conversion is writing there.
         FileExistsError: one has been, since we looked.
         ValueError: what that was cannot be told, or shards it was made of are there no more.
+        OSError: a file of ours has the name of something else, a pipe say, which is not replaced.
     """
     path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as locked:
@@ -63,10 +67,11 @@ def begin(path: Path, header: Record, *, overwrite: bool) -> Journal:
             if state is State.UNFINISHED:
                 old = locked.enter_context(closing(open_journal(path / JOURNAL)))
                 refuse_only_copy(path, old, header)
-            return {
-                **header,
-                "replaces": None if state is State.NEW else list(written_before(path, old, unchanged=is_as_written)),
-            }
+            if state is State.NEW:
+                return {**header, "replaces": None}
+            names = list(written_before(path, old, unchanged=is_as_written))
+            files_to_clear(path, names)
+            return {**header, "replaces": names}
 
         return Journal.create(path / JOURNAL, whole_header)
 
@@ -76,8 +81,8 @@ def refuse_only_copy(path: Path, journal: Journal, header: Record) -> None:
     for shard in removed_by(journal):
         if header["shards"].get(shard, {}).get("header_sha256") != journal.header["shards"][shard]["header_sha256"]:
             raise ValueError(
-                f"{path} is the only copy of what its source held in {shard}, which was removed as it was converted; "
-                "convert it as it was begun, with resume, or bring the shard back"
+                f"{path} is the only copy of what its source held in {brief(shard)}, which was removed as it was "
+                "converted; convert it as it was begun, with resume, or bring the shard back"
             )
 
 
@@ -93,6 +98,27 @@ def refuse_another(path: Path, journal: Journal, header: Record) -> None:
     refuse_changes(path, journal.header, {what: facts for what, facts in header.items() if what in compared})
 
 
+def note_other_files(path: Path, journal: Journal, header: Record, *, delete_source: bool) -> None:
+    """Journals which shards are not known to be the files that earlier runs read: copies, or another checkpoint's.
+
+    Raises:
+        ValueError: there are some, and delete_source would remove them.
+    """
+    before = dict(journal.header.get("identities", {}))
+    for fact in journal.facts:
+        for shard in fact.get("copies", ()):
+            before.pop(shard, None)
+    others = [shard for shard, identity in header["identities"].items() if before.get(shard) != identity]
+    if others and delete_source:
+        raise ValueError(
+            f"delete_source: it is not known that {path} was begun with these very files: {listed(others)} (copied, "
+            "touched or replaced since); go on without delete_source, and verify the output with its source before you "
+            "remove that"
+        )
+    if others:
+        journal.append([{"copies": others}])
+
+
 def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Compares two headers and says what differs first."""
     for what in now:
@@ -103,10 +129,10 @@ def refuse_changes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             absent = object()
             what = next(name for name in {**old, **new} if old.get(name, absent) != new.get(name, absent))
             old, new = old.get(what), new.get(what)
-        found = f": it was {old}, and is {new}" if len(f"{old}{new}") < 200 else ""
+        found = visible(f": it was {old}, and is {new}") if len(f"{old}{new}") < 200 else ""
         raise ValueError(
-            f"{path} was begun with another {what}{found}; convert it as it was begun, or, if its source is still "
-            "whole, overwrite it"
+            f"{path} was begun with another {brief(what)}{found}; convert it as it was begun, or, if its source is "
+            "still whole, overwrite it"
         )
 
 
@@ -123,16 +149,20 @@ def recover(output: Output) -> None:
         journal.append([{"cleared": True}])
     if not os.path.lexists(output.folder):
         output.folder.mkdir()
-    if output.folder.is_symlink() or not output.folder.is_dir():
-        raise ValueError(f"{output.folder} is no folder of this conversion; move it away")
+    refuse_other_folder(output.folder)
     for fact in journal.facts:
         if "tensor" in fact and settle(path, TENSORS, fact, fact["record"]["files"]):
             output.records[fact["tensor"]] = fact["record"]
         elif "copied" in fact and settle(path, "", fact, {fact["copied"]: fact["record"]}):
             output.copied[fact["copied"]] = fact["record"]
     for file in output.folder.iterdir():
-        if PART.fullmatch(file.name):
+        if PART.fullmatch(file.name) and file.is_file():
             file.unlink()
+
+
+def refuse_other_folder(folder: Path) -> None:
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        raise ValueError(f"{folder} is no folder of this conversion; move it away")
 
 
 def settle(path: Path, folder: str, fact: Mapping[str, Any], files: Mapping[str, Record]) -> bool:
@@ -144,13 +174,13 @@ def settle(path: Path, folder: str, fact: Mapping[str, Any], files: Mapping[str,
     places = {inside(path, folder, name): inside(path, TENSORS, part) for name, part in fact["parts"].items()}
     if not all(final.exists() or part.exists() for final, part in places.items()):
         for file in (*places, *places.values()):
-            file.unlink(missing_ok=True)
+            remove(file)
         return False
     for (final, part), record in zip(places.items(), files.values(), strict=True):
         if part.exists():
             place_file(part, final)
         if not is_as_written(final, record):
-            raise ValueError(f"{final} was changed since it was written; move it away, and it is written again")
+            raise ValueError(f"{shown(final)} was changed since it was written; move it away, and it is written again")
     return True
 
 
@@ -167,13 +197,22 @@ def is_as_written(file: Path, record: Record) -> bool:
 
 def clear(path: Path, names: list[str]) -> None:
     """Removes an earlier conversion; what makes a reader trust it goes first. ValueError: a name leads outside path."""
-    files = [inside(path, "", name) for name in (*names, MANIFEST, STATS, SIDECAR)]
+    files = files_to_clear(path, names)
     ready = path / TENSORS / READY
     ready.unlink(missing_ok=True)
     if ready.parent.is_dir():
         sync(ready.parent)
     for file in files:
         file.unlink(missing_ok=True)
+
+
+def files_to_clear(path: Path, names: list[str]) -> list[Path]:
+    """The files of an earlier conversion. ValueError, OSError: one of them, or their folder, is something else."""
+    files = [inside(path, "", name) for name in (*names, MANIFEST, STATS, SIDECAR)]
+    refuse_other_folder(path / TENSORS)
+    for file in (path / TENSORS / READY, *files):
+        refuse_to_replace(file)
+    return files
 
 
 def written_before(path: Path, journal: Journal | None, *, unchanged: Callable[[Path, Record], bool]) -> Iterator[str]:
@@ -196,7 +235,9 @@ def written_before(path: Path, journal: Journal | None, *, unchanged: Callable[[
         for name, facts in record["files"].items():
             if os.path.lexists(file := inside(path, TENSORS, name)):
                 if not unchanged(file, facts):
-                    raise ValueError(f"{file} was changed since it was written, and is not overwritten; move it away")
+                    raise ValueError(
+                        f"{shown(file)} was changed since it was written, and is not overwritten; move it away"
+                    )
                 yield f"{TENSORS}/{name}"
     for name, facts in copied.items():
         if unchanged(inside(path, "", name), facts):
@@ -206,7 +247,7 @@ def written_before(path: Path, journal: Journal | None, *, unchanged: Callable[[
 def read_written(path: Path) -> tuple[list[Record], dict[str, Record]]:
     """The records of the tensors and of the small files that squish_nf4.json says were written."""
     try:
-        sidecar = parse_json((path / SIDECAR).read_bytes())
+        sidecar = read_table(path / SIDECAR)
         if not WRITTEN(sidecar):
             raise ValueError("it is damaged")
     except (OSError, ValueError) as error:

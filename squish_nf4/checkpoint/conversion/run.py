@@ -16,7 +16,7 @@ from squish_nf4.checkpoint.conversion.report import TensorReport
 from squish_nf4.checkpoint.conversion.stream import Workers, stream
 from squish_nf4.checkpoint.directory.npy_writer import TensorFiles
 from squish_nf4.checkpoint.files import sha256_on_disk, sync
-from squish_nf4.checkpoint.messages import Progress, shorten
+from squish_nf4.checkpoint.messages import Progress, shorten, shown
 from squish_nf4.checkpoint.resources import require_room
 from squish_nf4.checkpoint.source.shard_file import Shard, describe
 
@@ -136,9 +136,11 @@ def refuse_links(shards: Sequence[Shard]) -> None:
     """Removing a link frees nothing, and what it leads to may be used elsewhere."""
     for shard in shards:
         if shard.path.is_symlink():
-            raise ValueError(f"delete_source: {shard.path} is a symbolic link; give the files themselves, or keep them")
+            raise ValueError(
+                f"delete_source: {shown(shard.path)} is a symbolic link; give the files themselves, or keep them"
+            )
         if shard.path.exists() and shard.path.stat().st_nlink > 1:
-            raise ValueError(f"delete_source: {shard.path} has another name elsewhere (a hard link); keep it")
+            raise ValueError(f"delete_source: {shown(shard.path)} has another name elsewhere (a hard link); keep it")
 
 
 def refuse_removed_shards(missing: Sequence[Planned]) -> None:
@@ -147,7 +149,7 @@ def refuse_removed_shards(missing: Sequence[Planned]) -> None:
         if not planned.entry.shard.path.exists():
             raise ValueError(
                 f"tensor {shorten(planned.entry.name)}: what was made of it is gone, and so is its shard, "
-                f"{planned.entry.shard.path}; bring either of them back"
+                f"{shown(planned.entry.shard.path)}; bring either of them back"
             )
 
 
@@ -165,7 +167,11 @@ def remove_finished(plan: Sequence[Planned], output: Output) -> None:
             require_read_back(output.folder, [output.records[name] for name in names])
             require_as_read(shard)
             output.journal.append([{"removed": shard.path.name}])
-            require_as_read(shard)  # once more: the disk may have taken its time
+            try:
+                require_as_read(shard)  # once more: the disk may have taken its time
+            except ValueError:
+                output.journal.take_back()
+                raise
             shard.path.unlink()
             sync(shard.path.parent)
 
@@ -173,11 +179,13 @@ def remove_finished(plan: Sequence[Planned], output: Output) -> None:
 def require_as_read(shard: Shard) -> None:
     """Raises ValueError if the shard is not the file that was read, or was written to since."""
     if shard.has_changed(shard.path.lstat()) or describe(shard.path)[0] != shard:
-        raise ValueError(f"{shard.path} was replaced or changed after it was read, and is not removed; convert it anew")
+        raise ValueError(
+            f"{shown(shard.path)} was replaced or changed after it was read, and is not removed; convert it anew"
+        )
 
 
 def require_read_back(folder: Path, records: Collection[Mapping[str, Any]]) -> None:
     for record in records:
         for name, facts in record["files"].items():
             if sha256_on_disk(folder / name) != facts["sha256"]:
-                raise ValueError(f"{folder / name} does not read back as it was written; the source is kept")
+                raise ValueError(f"{shown(folder / name)} does not read back as it was written; the source is kept")

@@ -19,7 +19,7 @@ from squish_nf4.checkpoint.directory.format import MANIFEST, READY, SIDECAR, TEN
 from squish_nf4.checkpoint.directory.snapshot import Snapshot
 from squish_nf4.checkpoint.directory.stored_tensor import Folder, StoredTensor, open_tensor
 from squish_nf4.checkpoint.directory.tables import Records, find_owners, read_manifest, read_sidecar
-from squish_nf4.checkpoint.messages import listed, shorten, shown
+from squish_nf4.checkpoint.messages import brief, listed, shorten
 from squish_nf4.checkpoint.resources import require_memory
 from squish_nf4.checkpoint.values import WIDENED, dtype_name, dtype_named
 
@@ -211,8 +211,9 @@ def require_recorded(path: Path, tensor: StoredTensor, record: Mapping[str, Any]
     recorded = recorded_files(record)
     if recorded is not None and recorded != sizes:
         wrong = min(file for file in recorded.keys() | sizes if recorded.get(file) != sizes.get(file))
-        text = f"has {sizes.get(wrong, 'no')} bytes; {SIDECAR} records {recorded.get(wrong, 'no such file')}"
-        raise ValueError(f"tensor {name}: {shown(path / TENSORS / wrong)} {text}")
+        says = f"{recorded[wrong]!r:.100}" if wrong in recorded else "no such file"
+        text = f"has {sizes.get(wrong, 'no')} bytes; {SIDECAR} records {says}"
+        raise ValueError(f"tensor {name}: {brief(path / TENSORS / wrong)} {text}")
 
 
 def recorded_files(record: Mapping[str, Any]) -> dict[str, Any] | None:

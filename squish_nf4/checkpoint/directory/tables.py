@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from squish_nf4.checkpoint.directory.format import MANIFEST, SIDECAR, check_key
-from squish_nf4.checkpoint.files import parse_json, removed_on_error, require_file, sync
+from squish_nf4.checkpoint.files import read_object, removed_on_error, require_file, sync
 from squish_nf4.checkpoint.messages import listed, shorten
 from squish_nf4.replace import refuse_to_replace
-
-LARGEST_TABLE = 2**29  # bytes; a record of squish_nf4.json takes about 700
 
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -74,26 +72,15 @@ def are_tied(key: str, names: Sequence[str], owner: str, records: Records) -> bo
 
 
 def read_table(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a directory. ValueError: it is damaged, or lies outside."""
     if not os.path.lexists(file):
         raise ValueError(f"{file} cannot be read: it is not there")
     require_file(file, os.path.realpath(file.parent))
-    if (size := file.stat().st_size) > LARGEST_TABLE:
-        raise ValueError(f"{file} has {size} bytes; at most {LARGEST_TABLE} are read")
     try:
-        table = parse_json(file.read_bytes(), without_duplicates)
+        with file.open("rb") as opened:
+            return read_object(opened)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return table
-
-
-def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{shorten(twice)} is there twice")
-    return table
 
 
 def write_table(file: Path, table: Mapping[str, Any], draft: Path) -> None:

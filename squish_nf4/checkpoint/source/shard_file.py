@@ -11,26 +11,27 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from squish_nf4.checkpoint.files import require_there, sha256_of_bytes, unreadable
+from squish_nf4.checkpoint.files import Identity, identity_of, require_there, sha256_of_bytes, unreadable
+from squish_nf4.checkpoint.messages import shown
 
 
 @dataclass(frozen=True)
 class Shard:
     """A safetensors file, and what tells it from a changed one.
 
-    file: its device and inode, which tell it from one that took its place; None of a shard that is recalled.
+    identity: what no other file shares that took its place, nor this one after it was written to; None of a shard that
+    is recalled.
     """
 
     path: Path
     nbytes: int
     mtime_ns: int
     header_sha256: str
-    file: tuple[int, int] | None = None
+    identity: Identity | None = None
 
     def has_changed(self, status: os.stat_result) -> bool:
         """Whether what has this status now is another file than the one whose header was read, or was written to."""
-        found = ((status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns)
-        return found != (self.file, self.nbytes, self.mtime_ns)
+        return identity_of(status) != self.identity
 
 
 def describe(path: Path) -> tuple[Shard, int]:
@@ -38,14 +39,14 @@ def describe(path: Path) -> tuple[Shard, int]:
     with opened(path) as file:
         status = os.fstat(file.fileno())
         header = file.read(min(int.from_bytes(file.read(8), "little"), status.st_size))
-        identity = (status.st_dev, status.st_ino)
-        return Shard(path, status.st_size, status.st_mtime_ns, sha256_of_bytes(header), identity), file.tell()
+        digest = sha256_of_bytes(header)
+        return Shard(path, status.st_size, status.st_mtime_ns, digest, identity_of(status)), file.tell()
 
 
 def require_regular(shard: Path) -> None:
     require_there(shard)
     if not shard.is_file():
-        raise ValueError(f"{shard} is no regular file; a shard is one, or a link to one")
+        raise ValueError(f"{shown(shard)} is no regular file; a shard is one, or a link to one")
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def opened_shard(shard: Path) -> Iterator[Any]:
         with shard.open("rb") as file:
             is_pointer = file.read(30).startswith(b"version https://git-lfs")
         cause = "a Git LFS pointer; fetch the weights with: git lfs pull" if is_pointer else f"damaged: {error}"
-        raise ValueError(f"{shard} is {cause}") from error
+        raise ValueError(f"{shown(shard)} is {cause}") from error
 
 
 def opened_by_safetensors(shard: Path) -> Any:

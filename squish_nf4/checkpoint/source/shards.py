@@ -17,8 +17,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from squish_nf4.checkpoint.files import parse_json, require_there
-from squish_nf4.checkpoint.messages import listed, shorten
+from squish_nf4.checkpoint.files import read_object, require_there
+from squish_nf4.checkpoint.messages import brief, listed, shorten, shown
 from squish_nf4.checkpoint.source.shard_file import Shard, describe, opened, opened_shard, require_regular
 from squish_nf4.checkpoint.source.small_files import INDEX_SUFFIX, collect_small_files, other_weights
 from squish_nf4.checkpoint.values import MOST_DIMENSIONS
@@ -100,14 +100,12 @@ def read_values(entry: Entry, first: int, count: int) -> Tensor:
     values = torch.empty(count * size, dtype=torch.uint8)
     unread = values.numpy().data
     with entry.shard.path.open("rb", buffering=0) as file:
-        changed = entry.shard.has_changed(os.fstat(file.fileno()))
         file.seek(entry.start + first * size)
-        while unread and not changed:
-            taken = file.readinto(unread)
-            changed = not taken
+        while unread and (taken := file.readinto(unread)):
             unread = unread[taken:]
-    if changed:
-        raise ValueError(f"{entry.shard.path} was changed while it was read")
+        changed = entry.shard.has_changed(os.fstat(file.fileno()))  # at last: it may have been while it was read
+    if unread or changed:
+        raise ValueError(f"{shown(entry.shard.path)} was changed while it was read")
     return values.view(entry.dtype)
 
 
@@ -171,12 +169,14 @@ def find_index(directory: Path) -> Path | None:
 def read_index(index: Path, removed: Recalled) -> dict[Path, set[str]]:
     """{shard: the tensors it should hold}, in the order of the file names."""
     no_index = f"{index} is not an index of safetensors shards"
+    require_there(index)
+    if not index.is_file():
+        raise ValueError(f"{no_index}: it is no regular file")
     with opened(index) as file:
         try:
-            table = parse_json(file.read())
+            weight_map = read_object(file).get("weight_map")
         except ValueError as error:
             raise ValueError(f"{no_index}: {error}") from error
-    weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{no_index}: its weight_map is not an object of file names")
     names_of: dict[str, set[str]] = {}
@@ -187,7 +187,9 @@ def read_index(index: Path, removed: Recalled) -> dict[Path, set[str]]:
         raise ValueError(f"{index} names {shorten(strange[0])}, which is no .safetensors file of its directory")
     paths = {index.parent / shard for shard in names_of}
     if missing := sorted(path.name for path in paths if path not in removed and is_missing(path)):
-        raise FileNotFoundError(f"{index} names {missing[0]}, which is not in {index.parent} ({len(missing)} missing)")
+        raise FileNotFoundError(
+            f"{index} names {brief(missing[0])}, which is not in {index.parent} ({len(missing)} missing)"
+        )
     return {index.parent / shard: names_of[shard] for shard in sorted(names_of)}
 
 
@@ -204,7 +206,7 @@ def compare_with_index(entries: list[Entry], shards: dict[Path, set[str]], index
     for shard, promised in shards.items():
         if lost := sorted(promised - held[shard]):
             raise ValueError(
-                f"{index} says that {shard.name} holds {shorten(lost[0])}, but it does not ({len(lost)} missing)"
+                f"{index} says that {brief(shard.name)} holds {shorten(lost[0])}, but it does not ({len(lost)} missing)"
             )
     extra = [name for shard, promised in shards.items() for name in sorted(held[shard] - promised)]
     return [f"in the shards but not in {index.name}, converted all the same: {listed(extra)}"] if extra else []
@@ -217,7 +219,8 @@ def list_tensors(shards: Iterable[Path], removed: Recalled) -> list[Entry]:
         for entry in removed[path] if path in removed else read_shard_header(path):
             if entry.name in entries:
                 raise ValueError(
-                    f"tensor {shorten(entry.name)} is in both {entries[entry.name].shard.path.name} and {path.name}"
+                    f"tensor {shorten(entry.name)} is in both {brief(entries[entry.name].shard.path.name)} and "
+                    f"{brief(path.name)}"
                 )
             entries[entry.name] = entry
     return list(entries.values())
@@ -228,20 +231,20 @@ def read_shard_header(path: Path) -> list[Entry]:
     shard, start = describe(path)
     with opened_shard(path) as file:
         if describe(path)[0] != shard:  # or the tensors that safetensors tells are of another file
-            raise ValueError(f"{path} was changed while it was read")
+            raise ValueError(f"{shown(path)} was changed while it was read")
         found: dict[str, Entry] = {}
         for name in file.offset_keys():  # safetensors has checked that the tensors lie side by side without a gap
             header = file.get_slice(name)
             dtype = DTYPES.get(header.get_dtype())
             if dtype is None:
                 raise ValueError(
-                    f"tensor {shorten(name)} in {path.name} is {header.get_dtype()}, which has no .npy form"
+                    f"tensor {shorten(name)} in {brief(path.name)} is {header.get_dtype()}, which has no .npy form"
                 )
             shape = tuple(header.get_shape())
             if len(shape) > MOST_DIMENSIONS:
                 raise ValueError(
-                    f"tensor {shorten(name)} in {path.name} has {len(shape)} dimensions; a .npy file has at most "
-                    f"{MOST_DIMENSIONS}"
+                    f"tensor {shorten(name)} in {brief(path.name)} has {len(shape)} dimensions; a .npy file has at "
+                    f"most {MOST_DIMENSIONS}"
                 )
             found[name] = Entry(name, shard, dtype, shape, start)
             start += found[name].nbytes

@@ -42,6 +42,8 @@ STYLE: Any = {
 }
 
 
+LARGEST_ERROR = 1e100  # that is drawn; no axis takes numbers near the end of the range, nor NaN
+
 Draw = Callable[[Any, Inspection], None]
 
 
@@ -104,14 +106,15 @@ def draw_levels(axes: Any, report: Inspection) -> None:
 
 def draw_errors(axes: Any, report: Inspection) -> None:
     """Draw a dot for each tensor, and a line where normal weights would be."""
-    errors = [numbers.relative_rms for _, numbers in report.in_nf4]
+    errors = [e if (e := numbers.relative_rms) < LARGEST_ERROR else math.nan for _, numbers in report.in_nf4]
     axes.grid(axis="y")
     axes.scatter(range(1, len(errors) + 1), errors, s=16, color=ACCENT, zorder=3)
     sizes = {numbers.group_size for _, numbers in report.in_nf4}
     expected = GAUSSIAN_ERROR.get(next(iter(sizes))) if len(sizes) == 1 else None
     if expected is not None:
         draw_reference(axes, expected, "Gaussian\nweights")
-    low, high = min([*errors, expected or math.inf]), max([*errors, expected or 0.0])
+    known = [error for error in [*errors, expected or math.nan] if math.isfinite(error)] or [0.0]
+    low, high = min(known), max(known)
     margin = 0.25 * (high - low) or 0.01
     axes.set_ylim(max(0.0, low - margin), high + margin)
     axes.set_xlim(0.2, len(errors) + 0.8)
@@ -128,7 +131,7 @@ def draw_groups(axes: Any, report: Inspection) -> None:
     middles = (ERROR_EDGES[:-1] + ERROR_EDGES[1:]) / 2
     axes.grid(axis="y")
     axes.bar(middles, 100 * shares, width=np.diff(ERROR_EDGES) * 0.86, color=ACCENT)
-    used = np.flatnonzero(counts)
+    used = np.flatnonzero(counts) if counts.any() else [0]
     axes.set_xlim(ERROR_EDGES[max(0, used[0] - 2)], ERROR_EDGES[min(len(counts), used[-1] + 3)])
     axes.set_xlabel("relative error within a group" + (", 0.25 and beyond in the last bar" if counts[-1] else ""))
     in_percent(axes)

@@ -79,7 +79,7 @@ def shape_of(shape: Sequence[int]) -> str:
 
 
 def decibels(numbers: Nf4Numbers) -> str:
-    return f"{numbers.snr:.1f} dB" if math.isfinite(numbers.snr) else "exact"
+    return f"{numbers.snr:.1f} dB" if numbers.relative_rms else "exact"
 
 
 def sparkline(counts: Sequence[int]) -> str:
@@ -122,15 +122,15 @@ def print_json(report: Inspection) -> None:
 
 
 def as_json(report: Inspection) -> dict[str, Any]:
-    """The report in plain numbers, lists and dicts; what has no number (infinity, an unknown cosine) is None."""
+    """The report in plain numbers, lists and dicts; what is no finite number (an unknown cosine too) is None."""
     tensors = [
         {
             **asdict(tensor),
-            "nf4": None if tensor.nf4 is None else {**asdict(tensor.nf4), "snr_db": finite(tensor.nf4.snr)},
+            "nf4": None if tensor.nf4 is None else {**asdict(tensor.nf4), "snr_db": tensor.nf4.snr},
         }
         for tensor in report.tensors
     ]
-    return {
+    table = {
         "path": str(report.path),
         "source": None if report.source is None else str(report.source),
         "weights": report.weights,
@@ -143,7 +143,13 @@ def as_json(report: Inspection) -> dict[str, Any]:
         "group_error_edges": [round(float(edge), 6) for edge in ERROR_EDGES],
         "tensors": tensors,
     }
+    return {name: finite(value) for name, value in table.items()}
 
 
-def finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+def finite(value: Any) -> Any:
+    """A value for JSON, with None in the place of every NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
