@@ -38,7 +38,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "Layers and models": (
         "[saving.md](saving.md) says how a quantized model is saved and loaded.",
-        ("NF4Linear", "NF4Packer", "quantize_model", "QuantizeReport", "dequantize_model"),
+        ("NF4Linear", "NF4Embedding", "NF4Packer", "quantize_model", "QuantizeReport", "dequantize_model"),
     ),
     "Checkpoints": (
         "[convert.md](convert.md) and [loading.md](loading.md) are the manuals, [format.md](format.md) the format.",

@@ -25,6 +25,7 @@ from squish_nf4.decompositions import decompositions
 from squish_nf4.layout import pick_group_size
 from squish_nf4.model.quantize import dequantize_model, quantize_model
 from squish_nf4.model.report import QuantizeReport
+from squish_nf4.nn.embedding import NF4Embedding
 from squish_nf4.nn.linear import NF4Linear
 from squish_nf4.nn.packer import NF4Packer
 from squish_nf4.ops import dequantize_nf4, linear_nf4, quantize_nf4
@@ -79,6 +80,7 @@ __all__ = [
     "DiffReport",
     "Inspection",
     "LoadReport",
+    "NF4Embedding",
     "NF4Linear",
     "NF4Packer",
     "Progress",

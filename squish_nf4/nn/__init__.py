@@ -1,4 +1,4 @@
-"""Modules on packed bytes: a linear layer, a packer, and what any such module knows of its bytes (packed.py).
+"""Modules on packed bytes: a linear layer, an embedding, a packer, what any such module knows of its bytes.
 
 Which layers of a model become such modules is decided in squish_nf4/model.
 """

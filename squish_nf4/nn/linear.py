@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
-from squish_nf4.layout import bits_per_weight, effective_group_size, padded_columns
 from squish_nf4.nn.packed import PackedModule, quantize_padded
 from squish_nf4.nn.packed_weight import PackedWeight
 from squish_nf4.ops import COMPUTE_DTYPES
@@ -107,16 +106,11 @@ class NF4Linear(PackedModule, nn.Linear):
             raise TypeError(f"NF4Linear: dtype must be float32, bfloat16 or float16, got {dtype}")
         self.in_features = in_features
         self.out_features = out_features
-        self.group_size = effective_group_size(in_features, group_size)
-        self.dense_dtype = dtype
-        columns = padded_columns(in_features, self.group_size)
         if bias:  # first: code that asks the first parameter of a model for a dtype finds one to compute in
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device))
         else:
             self.register_parameter("bias", None)
-        self.weight = PackedWeight(torch.empty(out_features, columns // 2, dtype=torch.uint8, device=device))
-        scales = torch.empty(out_features, columns // self.group_size, dtype=torch.float32, device=device)
-        self.register_buffer("scales", scales)
+        self._allocate(group_size, device, dtype)
         self.reset_parameters()
 
     @classmethod
@@ -162,12 +156,6 @@ class NF4Linear(PackedModule, nn.Linear):
                 linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight: (out_features, in_features) in float32, bfloat16 or float16; float32 by default."""
-        self.require_whole()
-        dense: Tensor = torch.ops.squish.dequantize_nf4(self.weight, self.scales, self.group_size, dtype=dtype)
-        return dense[:, : self.in_features].contiguous()
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in the dtype of x."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -182,25 +170,14 @@ class NF4Linear(PackedModule, nn.Linear):
             shape = (self.out_features, self.in_features)
             dense = torch.empty(shape, dtype=self.dense_dtype, device=self.weight.device)
             nn.init.kaiming_uniform_(dense, a=sqrt(5))
-            packed, scales = quantize_padded("NF4Linear.reset_parameters: weight", dense, self.group_size)
-            self.weight.copy_(packed)
-            self.scales.copy_(scales)
-            self._missing = ""
+            self._take("NF4Linear.reset_parameters: weight", dense)
             if self.bias is not None:
                 bound = 1 / sqrt(self.in_features) if self.in_features > 0 else 0
                 nn.init.uniform_(self.bias, -bound, bound)
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits (nibbles, padding and scales) per logical weight."""
-        return bits_per_weight(self.in_features, self.group_size)
-
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"group_size={self.group_size}, bits_per_weight={self.bits_per_weight:.2f}, "
-            f"bytes={self.weight.nbytes + self.scales.nbytes}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {self._packed_repr()}"
 
     def _dense_shape(self) -> tuple[int, ...]:
         return self.out_features, self.in_features

@@ -1,6 +1,6 @@
 """What any module on packed NF4 bytes knows of them: how they are made, held, moved, cast and loaded.
 
-What such a module computes with them is in its own file (linear.py).
+What such a module computes with them is in its own file (linear.py, embedding.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from squish_nf4.layout import padded_columns
+from squish_nf4.layout import bits_per_weight, effective_group_size, padded_columns
 from squish_nf4.nn.packed_weight import PackedWeight, plain
 from squish_nf4.ops import COMPUTE_DTYPES, may_look, refuse_non_finite
 
@@ -56,7 +56,7 @@ class PackedModule(nn.Module):
         dense_dtype: of the dense weight that this one stands for; follows .to(dtype) and .half().
     """
 
-    __jit_ignored_attributes__ = ("dense_dtype", "_missing")
+    __jit_ignored_attributes__: tuple[str, ...] = ("dense_dtype", "_missing")
 
     weight: Tensor
     scales: Tensor
@@ -67,6 +67,40 @@ class PackedModule(nn.Module):
     def _dense_shape(self) -> tuple[int, ...]:
         """Shape of the dense weight, without padding; all but the first dimension are the columns of a row."""
         raise NotImplementedError
+
+    # --- the bytes ---------------------------------------------------------------------------------------------------
+
+    def _allocate(self, group_size: int, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        """Empty bytes and scales for the dense shape, which is known by now."""
+        rows, columns = self._dense_shape()[0], prod(self._dense_shape()[1:])
+        self.group_size = effective_group_size(columns, group_size)
+        self.dense_dtype = dtype
+        stored = padded_columns(columns, self.group_size)
+        self.weight = PackedWeight(torch.empty(rows, stored // 2, dtype=torch.uint8, device=device))
+        scales = torch.empty(rows, stored // self.group_size, dtype=torch.float32, device=device)
+        self.register_buffer("scales", scales)
+
+    def _take(self, what: str, dense: Tensor) -> None:
+        """Quantize a dense weight into the bytes and scales that are there; ``what`` names it in an error."""
+        packed, scales = quantize_padded(what, dense, self.group_size)
+        self.weight.copy_(packed)
+        self.scales.copy_(scales)
+        self._missing = ""
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight, without padding, in float32, bfloat16 or float16; float32 by default."""
+        self.require_whole()
+        dense: Tensor = torch.ops.squish.dequantize_nf4(self.weight, self.scales, self.group_size, dtype=dtype)
+        return dense[:, : prod(self._dense_shape()[1:])].contiguous()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits (nibbles, padding and scales) per logical weight."""
+        return bits_per_weight(prod(self._dense_shape()[1:]), self.group_size)
+
+    def _packed_repr(self) -> str:
+        size = self.weight.nbytes + self.scales.nbytes
+        return f"group_size={self.group_size}, bits_per_weight={self.bits_per_weight:.2f}, bytes={size}"
 
     # --- moves and casts ---------------------------------------------------------------------------------------------
 

@@ -163,7 +163,10 @@ def test_importing_loads_a_few_small_modules_and_nothing_else() -> None:
         *(f"squish_nf4.model.{name}" for name in ("choose", "linear_kinds", "quantize", "report", "source_scan")),
         *(f"squish_nf4.model.source_scan.{name}" for name in ("conditions", "method", "readers")),
         "squish_nf4.model.transformers_models",
-        *(f"squish_nf4.{name}" for name in ("nn", "nn.linear", "nn.packed", "nn.packed_weight", "nn.packer")),
+        *(
+            f"squish_nf4.{name}"
+            for name in ("nn", "nn.embedding", "nn.linear", "nn.packed", "nn.packed_weight", "nn.packer")
+        ),
     }
     heavy = (
         "numpy",
