@@ -6,14 +6,13 @@ asks for neither says NEEDS_NO_GPU.
 
 from __future__ import annotations
 
-import os
 import shutil
 
 import pytest
-from filelock import FileLock
 
 from tests.support.gpus import ExecutedGpu, Gpu, RealGpu, require_a_gpu
 from tests.support.helpers import require
+from tests.support.once import shared_folder
 from tests.support.ptx.host import LIBRARY, compile_kernels
 
 
@@ -25,16 +24,10 @@ def _gpu(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> ExecutedGpu:
-    """The kernels of csrc/cuda for compute capability 9.0, on a GPU that numpy plays.
-
-    The processes of a run compile them once: who comes first does, the others wait.
-    """
+    """The kernels of csrc/cuda for compute capability 9.0, on a GPU that numpy plays."""
     nvcc = shutil.which("nvcc")
     require("nvcc", nvcc is not None, "there is no nvcc on the PATH")
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
-    with FileLock(f"{folder}.lock"):
-        folder.mkdir(exist_ok=True)
+    with shared_folder(tmp_path_factory, "kernels") as folder:
         library = folder / LIBRARY
         return ExecutedGpu(library if library.exists() else compile_kernels(str(nvcc), folder))
 

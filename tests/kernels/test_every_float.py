@@ -8,7 +8,7 @@ import pytest
 
 from squish_nf4 import _C
 from tests.support import reference
-from tests.support.compiling import NATIVE, compile_objects, kernel_sources, link
+from tests.support.compiling import NATIVE, compile_objects, link
 from tests.support.processes import run
 
 pytestmark = pytest.mark.builds
@@ -16,8 +16,10 @@ pytestmark = pytest.mark.builds
 EVERY_FLOAT = 2_130_706_434
 
 
-def test_every_float_of_minus_one_to_one_gets_the_index_of_the_nearest_level(tmp_path: Path) -> None:
-    objects = compile_objects(tmp_path, [*kernel_sources(), NATIVE / "every_float.cpp"], ["-O3"])
+def test_every_float_of_minus_one_to_one_gets_the_index_of_the_nearest_level(
+    tmp_path: Path, kernel_objects: dict[str, Path]
+) -> None:
+    objects = [*kernel_objects.values(), *compile_objects(tmp_path, [NATIVE / "every_float.cpp"], ["-O3"])]
     objects += compile_objects(tmp_path, [NATIVE / "definition.cpp"], ["-O3", "-march=native"])
     program = link(tmp_path / "every_float", objects)
 

@@ -14,7 +14,7 @@ import squish_nf4
 from squish_nf4 import _C
 from squish_nf4.doctor import examine as doctor
 from tests.support import ROOT
-from tests.support.compiling import code_without_comments, compile_objects, kernel_sources
+from tests.support.compiling import code_without_comments, kernel_sources
 from tests.support.disassembly import machine_code, require_x86_disassembler
 from tests.support.helpers import ISAS, require
 from tests.support.processes import run
@@ -39,11 +39,9 @@ def functions_by_need(binary: Path) -> dict[str, set[str]]:
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The kernels, compiled as setup.py compiles them."""
+def objects(kernel_objects: dict[str, Path]) -> dict[str, Path]:
     require_x86_disassembler()
-    compiled = compile_objects(tmp_path_factory.mktemp("objects"), kernel_sources(), ["-O3", "-fvisibility=hidden"])
-    return {path.stem: path for path in compiled}
+    return kernel_objects
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,11 @@ def paths_of_this_cpu() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program(tmp_path_factory: pytest.TempPathFactory, kernel_objects: dict[str, Path]) -> Path:
     """Compiled as setup.py compiles the kernels."""
-    return build(tmp_path_factory.mktemp("core"), ["-O3"])
+    folder = tmp_path_factory.mktemp("core")
+    tests = compile_objects(folder, sorted(NATIVE.glob("test_*.cpp")), ["-O3"])
+    return link(folder / "core", [*kernel_objects.values(), *tests])
 
 
 def test_kernels_pass_as_they_are_shipped(program: Path) -> None:
