@@ -89,6 +89,12 @@ class FirstNamed(Reads):
         return self.proj(self.free(x).to(device=p.device, dtype=p.dtype))
 
 
+class FirstOfAll(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        p = next(self.parameters())
+        return self.proj(self.free(x).to(p.dtype))
+
+
 class FirstOfAnIterator(Reads):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.free(x).to(next(iter(self.proj.parameters())).dtype))
@@ -251,7 +257,7 @@ class AttributeThatIsNoModule(Reads):
     def __init__(self) -> None:
         super().__init__()
         vars(self)["hidden"] = self.proj
-        self.held = {"both": [self.other, self.proj]}
+        self.held = {"both": [self.proj, self.other]}
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.free(x), self.held["both"][1].weight) + F.linear(x, self.hidden.weight)
@@ -391,13 +397,11 @@ READERS: list[tuple[type[nn.Module], list[str]]] = [
     *((kind, ["proj"]) for kind in (FirstNamed, FirstOfAnIterator, FirstOfAGenerator, FirstOfAList, FirstOfPairs)),
     *((kind, ["proj"]) for kind in (FirstAsAnExample, PositionalOnly, OtherBytes, Compared, Unpacked, NamedShape)),
     *((kind, ["proj"]) for kind in (SizeOne, SizeByName, CommentAtTheMargin, ByName, NameLikeOtherWork, Cached)),
-    *(
-        (kind, ["proj"])
-        for kind in (Decorated, Wrapped, Lambda, Patched, SetLater, AttributeThatIsNoModule, GotByAName)
-    ),
+    *((kind, ["proj"]) for kind in (Decorated, Wrapped, Lambda, Patched, SetLater, FirstOfAll, GotByAName)),
     *((BoundLists, ["layers.0", "layers.1", "other", "proj"]), (SliceOfLayers, ["layers.0", "layers.1"])),
     *((EveryModule, ["named.a"]), (ByPath, ["inner.proj", "proj"]), (PropertyOfALayer, ["other", "proj"])),
     (ByPathToTheWeight, ["inner.proj"]),
+    (AttributeThatIsNoModule, ["other", "proj"]),
     *((kind, ["proj"]) for kind in (OnlyInTraining, OtherMethod, Inherited, Property)),
     *((ThroughWrapper, ["wrapped.proj"]), (Index, ["layers.1"]), (Loop, ["layers.0", "layers.1"])),
     *((Items, ["named.a"]), (Inner, ["inner.proj"])),
