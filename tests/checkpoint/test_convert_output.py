@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,14 @@ from squish_nf4.checkpoint.conversion.plan import make_plan
 from squish_nf4.checkpoint.directory.npy_writer import NpyWriter
 from squish_nf4.checkpoint.directory.reader import load_npy_dir
 from squish_nf4.checkpoint.messages import Progress
-from tests.support.directories import StoppedError, gaussian, is_finished, save_shard, save_two_shards
+from tests.support.directories import (
+    StoppedError,
+    gaussian,
+    is_finished,
+    make_a_socket,
+    save_shard,
+    save_two_shards,
+)
 
 
 @pytest.fixture
@@ -172,11 +178,6 @@ def test_overwrite_reads_squish_nf4_json_as_carefully_as_a_reader_does(source: P
     sidecar.unlink()
     sidecar.symlink_to(tmp_path / "elsewhere")
     refused_to_overwrite(source, out, ValueError, r"squish_nf4.json is a link out of the directory")
-
-
-def make_a_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(path))
 
 
 def kinds(out: Path) -> dict[str, int]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 from pathlib import Path
 
 import pytest
 
 from squish_nf4.checkpoint.conversion import journal as module
 from squish_nf4.checkpoint.conversion.journal import Journal
+from tests.support.directories import make_a_socket
 
 
 @pytest.fixture
@@ -80,8 +80,7 @@ def test_a_new_one_takes_the_place_of_an_old_one_only_when_its_header_is_whole(
 
 
 def test_what_is_called_like_it_and_is_no_file_is_said_to_be_none(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(path))
+    make_a_socket(path)
     with pytest.raises(FileExistsError, match=r"journal is a link .*, or is no file; move it away"):
         Journal(path)
 

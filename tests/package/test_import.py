@@ -160,9 +160,12 @@ def test_importing_loads_a_few_small_modules_and_nothing_else() -> None:
         "squish_nf4",
         *(f"squish_nf4.{name}" for name in ("_native", "_version", "_build_info", "_C")),
         *(f"squish_nf4.{name}" for name in ("ops", "layout", "vmap", "flops", "decompositions", "model")),
-        *(f"squish_nf4.model.{name}" for name in ("choose", "linear_kinds", "quantize", "report", "source_scan")),
-        *(f"squish_nf4.model.source_scan.{name}" for name in ("conditions", "method", "readers")),
-        "squish_nf4.model.transformers_models",
+        *(f"squish_nf4.model.{name}" for name in ("choose", "in_place", "linear_kinds", "quantize", "report")),
+        *(f"squish_nf4.model.{name}" for name in ("source_scan", "transformers_models")),
+        *(
+            f"squish_nf4.model.source_scan.{name}"
+            for name in ("class_source", "conditions", "method", "readers", "values")
+        ),
         *(
             f"squish_nf4.{name}"
             for name in ("nn", "nn.embedding", "nn.linear", "nn.packed", "nn.packed_weight", "nn.packer")

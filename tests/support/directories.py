@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import stat
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -173,3 +175,7 @@ def replace(stem: str, array: np.ndarray) -> Callable[[Path], None]:
 
 def remove(stem: str) -> Callable[[Path], None]:
     return lambda folder: (folder / f"{stem}.npy").unlink()
+
+
+def make_a_socket(path: Path) -> None:
+    os.mknod(path, stat.S_IFSOCK | 0o600)  # bind() takes no name that is longer than 107 bytes

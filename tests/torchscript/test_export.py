@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import socket
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,6 +24,7 @@ from squish_nf4.torchscript.refusals import TorchScriptError
 from squish_nf4.torchscript.saving import save
 from squish_nf4.torchscript.script_or_trace import torchs_warning_off
 from squish_nf4.torchscript.trial import Trial
+from tests.support.directories import make_a_socket
 from tests.support.helpers import require, require_transformers
 from tests.support.models import quantized_llama, some_tokens
 from tests.support.processes import run_python
@@ -388,19 +388,18 @@ def test_the_file_is_the_one_that_torch_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device"])
 def test_only_a_regular_file_is_replaced(tmp_path: Path, kind: str) -> None:
     path, link = tmp_path / "m.pt", tmp_path / "link.pt"
-    with socket.socket(socket.AF_UNIX) as listening:
-        if kind == "a pipe":
-            os.mkfifo(path)
-        elif kind == "a socket":
-            listening.bind(str(path))
-        else:
-            path = Path("/dev/full")
-        before = path.stat()
-        link.symlink_to(path)
-        for given in (path, link):
-            with pytest.raises(FileExistsError, match=rf"^export_torchscript: {given} is {kind}; only a regular file"):
-                export_torchscript(NF4Linear(64, 8).eval(), given, overwrite=True)
-        assert (path.stat().st_ino, path.stat().st_mode) == (before.st_ino, before.st_mode)
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        make_a_socket(path)
+    else:
+        path = Path("/dev/full")
+    before = path.stat()
+    link.symlink_to(path)
+    for given in (path, link):
+        with pytest.raises(FileExistsError, match=rf"^export_torchscript: {given} is {kind}; only a regular file"):
+            export_torchscript(NF4Linear(64, 8).eval(), given, overwrite=True)
+    assert (path.stat().st_ino, path.stat().st_mode) == (before.st_ino, before.st_mode)
 
 
 @pytest.mark.usefixtures("here")
