@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
-from squish_nf4.nn.packed import PackedModule, quantize_padded
-from squish_nf4.nn.packed_weight import PackedWeight
-from squish_nf4.ops import COMPUTE_DTYPES
+from squish_nf4.nn.packed import PackedModule, dtype_to_make, require_dense
 
 
 def _decode_rows(
@@ -75,16 +73,10 @@ class NF4Embedding(PackedModule, nn.Embedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's: it would allocate the dense table
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        if group_size < 1 or num_embeddings < 0 or embedding_dim < 0:
-            raise ValueError(
-                "NF4Embedding: num_embeddings and embedding_dim must not be negative and group_size must be at least "
-                f"1, got {num_embeddings}, {embedding_dim}, {group_size}"
-            )
+        sizes = {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}
+        dtype = dtype_to_make("NF4Embedding", sizes, group_size, dtype)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(f"NF4Embedding: padding_idx is {padding_idx}, and there are {num_embeddings} rows")
-        if dtype not in COMPUTE_DTYPES:
-            raise TypeError(f"NF4Embedding: dtype must be float32, bfloat16 or float16, got {dtype}")
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx if padding_idx is None or padding_idx >= 0 else num_embeddings + padding_idx
@@ -101,16 +93,7 @@ class NF4Embedding(PackedModule, nn.Embedding):
             ValueError: the table holds NaN or infinity (the text says where), or has max_norm or sparse set.
             TypeError: ``embedding`` is not a dense nn.Embedding of float32, bfloat16 or float16.
         """
-        if not isinstance(embedding, nn.Embedding) or isinstance(embedding, NF4Embedding):
-            raise TypeError(
-                f"NF4Embedding.from_embedding: a dense nn.Embedding is wanted, got {type(embedding).__name__}"
-            )
-        weight = embedding.weight
-        if weight.dtype not in COMPUTE_DTYPES:
-            raise TypeError(
-                "NF4Embedding.from_embedding: weight must be float32, bfloat16 or float16, "
-                f"got {weight.dtype}; cast it first"
-            )
+        require_dense("NF4Embedding.from_embedding", embedding, nn.Embedding)
         for name, unset in (("max_norm", None), ("sparse", False)):
             if (found := getattr(embedding, name)) != unset:
                 raise ValueError(
@@ -118,9 +101,8 @@ class NF4Embedding(PackedModule, nn.Embedding):
                     f"not, and {unset} is wanted"
                 )
         rows, columns, padding_idx = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
-        table = cls(rows, columns, padding_idx, group_size=group_size, device="meta", dtype=weight.dtype)
-        packed, table.scales = quantize_padded("NF4Embedding.from_embedding: weight", weight, table.group_size)
-        table.weight = PackedWeight(packed)
+        table = cls(rows, columns, padding_idx, group_size=group_size, device="meta", dtype=embedding.weight.dtype)
+        table._become("NF4Embedding.from_embedding: weight", embedding.weight)
         return table.train(embedding.training)
 
     @classmethod

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
-from squish_nf4.nn.packed import PackedModule, quantize_padded
-from squish_nf4.nn.packed_weight import PackedWeight
-from squish_nf4.ops import COMPUTE_DTYPES
+from squish_nf4.nn.packed import PackedModule, dtype_to_make, require_dense
 
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # TorchScript chokes on it below
 
@@ -96,14 +94,8 @@ class NF4Linear(PackedModule, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        if group_size < 1 or in_features < 0 or out_features < 0:
-            raise ValueError(
-                "NF4Linear: in_features and out_features must not be negative and group_size must be at least 1, "
-                f"got {in_features}, {out_features}, {group_size}"
-            )
-        if dtype not in COMPUTE_DTYPES:
-            raise TypeError(f"NF4Linear: dtype must be float32, bfloat16 or float16, got {dtype}")
+        sizes = {"in_features": in_features, "out_features": out_features}
+        dtype = dtype_to_make("NF4Linear", sizes, group_size, dtype)
         self.in_features = in_features
         self.out_features = out_features
         if bias:  # first: code that asks the first parameter of a model for a dtype finds one to compute in
@@ -123,13 +115,8 @@ class NF4Linear(PackedModule, nn.Linear):
             ValueError: the weight holds NaN or infinity; the text says where.
             TypeError: ``linear`` is not a dense nn.Linear of float32, bfloat16 or float16.
         """
-        if not isinstance(linear, nn.Linear) or isinstance(linear, NF4Linear):
-            raise TypeError(f"NF4Linear.from_linear: a dense nn.Linear is wanted, got {type(linear).__name__}")
+        require_dense("NF4Linear.from_linear", linear, nn.Linear)
         weight, bias = linear.weight, linear.bias
-        if weight.dtype not in COMPUTE_DTYPES:
-            raise TypeError(
-                f"NF4Linear.from_linear: weight must be float32, bfloat16 or float16, got {weight.dtype}; cast it first"
-            )
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -138,9 +125,7 @@ class NF4Linear(PackedModule, nn.Linear):
             device="meta",
             dtype=weight.dtype,
         )
-        packed, scales = quantize_padded("NF4Linear.from_linear: weight", weight, layer.group_size)
-        layer.weight = PackedWeight(packed)
-        layer.scales = scales
+        layer._become("NF4Linear.from_linear: weight", weight)
         if bias is not None:
             with torch.inference_mode(False), torch.no_grad():
                 layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)

@@ -39,6 +39,32 @@ def quantize_padded(what: str, weight: Tensor, group_size: int) -> tuple[Tensor,
     return packed, scales
 
 
+def dtype_to_make(kind: str, sizes: dict[str, int], group_size: int, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a new module, torch's default if none was asked for.
+
+    Raises:
+        ValueError: a size is negative, group_size is not positive.
+        TypeError: dtype is not float32, bfloat16 or float16.
+    """
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if group_size < 1 or min(sizes.values()) < 0:
+        raise ValueError(
+            f"{kind}: {' and '.join(sizes)} must not be negative and group_size must be at least 1, "
+            f"got {', '.join(map(str, sizes.values()))}, {group_size}"
+        )
+    if dtype not in COMPUTE_DTYPES:
+        raise TypeError(f"{kind}: dtype must be float32, bfloat16 or float16, got {dtype}")
+    return dtype
+
+
+def require_dense(what: str, module: object, kind: type[nn.Module]) -> None:
+    """TypeError: a module is not a dense one of this kind of torch's, with a weight that can be quantized."""
+    if not isinstance(module, kind) or isinstance(module, PackedModule):
+        raise TypeError(f"{what}: a dense nn.{kind.__name__} is wanted, got {type(module).__name__}")
+    if (dtype := module.weight.dtype) not in COMPUTE_DTYPES:
+        raise TypeError(f"{what}: weight must be float32, bfloat16 or float16, got {dtype}; cast it first")
+
+
 class PackedModule(nn.Module):
     """A module whose weight is packed bytes: what holds for it whatever it computes.
 
@@ -86,6 +112,11 @@ class PackedModule(nn.Module):
         self.weight.copy_(packed)
         self.scales.copy_(scales)
         self._missing = ""
+
+    def _become(self, what: str, dense: Tensor) -> None:
+        """Hold a dense weight, quantized where it lies, instead of the empty bytes and scales on meta."""
+        packed, self.scales = quantize_padded(what, dense, self.group_size)
+        self.weight = PackedWeight(packed)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, without padding, in float32, bfloat16 or float16; float32 by default."""

@@ -45,9 +45,10 @@ READ = frozenset(
 MADE = frozenset(
     "empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like zeros_like".split()  # noqa: SIM905
 )
-# What takes a second tensor, if both are bytes; one of them may be another's.
-COMPARED = frozenset(("__eq__", "__ne__", "allclose", "eq", "equal", "isclose", "ne"))
-WRITTEN = frozenset(("copy_", "_foreach_copy_", "set_", "data="))
+# What compares it with another tensor or takes that one's values, if both are bytes; either may come first.
+WITH_ANOTHER = frozenset(
+    "__eq__ __ne__ allclose copy_ data= eq equal _foreach_copy_ isclose ne set_".split()  # noqa: SIM905
+)
 
 
 class PackedWeight(nn.Parameter):
@@ -85,7 +86,7 @@ class PackedWeight(nn.Parameter):
         asks = name[:3] == "is_" and name != "is_nonzero"  # torch.compile knows no str.startswith
         reads = is_first and (name in READ or asks or name == "grad=")
         with DisableTorchFunctionSubclass():
-            if reads or (name in COMPARED | WRITTEN and _are_bytes(name, args, kwargs)):
+            if reads or (name in WITH_ANOTHER and _are_bytes(name, args, kwargs)):
                 return func(*args, **kwargs)
             if is_first and (name in CARRIED or name in MADE):
                 return tree_map_only(Tensor, partial(_packed_again, name), func(*args, **kwargs))
