@@ -137,8 +137,7 @@ inline void check_survey(const Tensor& w, const Tensor& packed, const Tensor& sc
 inline const char* hint_for_activations(at::ScalarType dtype) {
   if (dtype == at::kByte)
     return "; if x was cast with x.to(next(model.parameters()).dtype): the first parameter may be packed NF4 bytes, "
-           "name "
-           "the dtype instead";
+           "name the dtype instead";
   if (dtype == at::kDouble)
     return "; there is no product in float64: model.float() undoes model.double(), or dequantize_model(model) comes "
            "first";
